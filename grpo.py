@@ -1,0 +1,62 @@
+"""GRPO for diffusion: group advantages, the clipped policy loss, and the exact KL to the base. Tensors in, tensors out.
+
+Group relative policy optimisation (arXiv 2402.03300) needs no value network: the other pictures of the same prompt are
+the baseline. Loss and ratio are those of PPO (arXiv 1707.06347, Eq. 7), one action being one denoising step.
+
+    r      reward of a picture              A      its advantage, shared by all of its transitions
+    logp   log-density of a transition under the policy that is trained, per latent dimension (sample.log_prob)
+    rho    = exp(logp − logp_old)           c      clip range
+    mu     mean of a transition, s its deviation;  P prompts, G images per prompt, B transitions
+
+The departures from GRPO as written for language models: the KL is exact, not estimated from samples, and it is taken
+to the frozen base at every transition that is trained.
+"""
+
+import torch
+
+ADVANTAGE_EPS = 1e-4   # e below; CLIP's spread within a group is about 1e-2, so this hardly shrinks an advantage
+ADVANTAGE_CLIP = 5.0   # as in DDPO's code: one outlier of a group must not own the update
+ZERO_SPREAD = 1e-6     # rewards of a group closer than this are equal: float32 cosines are no finer
+
+
+def group_advantages(rewards):
+    """A = (r − mean r) / (std r + e) over the G images of one prompt, clipped to ±5. (P, G) -> (P, G).
+
+    The standard deviation is the population's (divided by G). A group without spread teaches nothing: its advantages are
+    exactly 0, so that the caller can leave it out of the backward pass. Raises ValueError for groups of one."""
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (prompts, images per prompt >= 2), not {tuple(rewards.shape)}")
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, correction=0, keepdim=True)
+    advantages = (centred / (std + ADVANTAGE_EPS)).clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
+    return torch.where(std > ZERO_SPREAD, advantages, torch.zeros_like(advantages))
+
+
+def policy_loss(logp, logp_old, advantages, clip_range: float):
+    """mean over B of max( −A·rho, −A·clip(rho, 1−c, 1+c) ). All (B,) -> scalar loss and a dict of statistics.
+
+    The maximum of the two losses is the pessimistic one: a transition whose ratio has already moved past the range in
+    the direction that its advantage asks for gets no gradient, one that has moved the wrong way keeps it.
+
+    Statistics are sums over B, without gradient, so that micro-batches can be added up: `positive` and `negative` count
+    the signs of A, `clipped_positive` and `clipped_negative` those of them without gradient; `kl_old` sums
+    (logp − logp_old)²/2, the second-order KL to the policy that sampled, per dimension as logp is; `ratio_dev` is the
+    one maximum, of |rho − 1|."""
+    assert logp.shape == logp_old.shape == advantages.shape and logp.ndim == 1, "a broadcast here would be silent"
+    rho = (logp - logp_old).exp()
+    loss = torch.maximum(-advantages * rho, -advantages * rho.clamp(1 - clip_range, 1 + clip_range)).mean()
+    with torch.no_grad():
+        positive, negative = advantages > 0, advantages < 0
+        stats = {
+            "positive": positive.sum(), "clipped_positive": (positive & (rho > 1 + clip_range)).sum(),
+            "negative": negative.sum(), "clipped_negative": (negative & (rho < 1 - clip_range)).sum(),
+            "kl_old": (logp - logp_old).square().sum() / 2, "ratio_dev": (rho - 1).abs().max()}
+    return loss, stats
+
+
+def gaussian_kl(mu, mu_ref, sigma):
+    """KL( N(mu, s²) || N(mu_ref, s²) ) = (mu − mu_ref)² / (2s²), mean over D, exact since the deviations are equal.
+
+    mu, mu_ref (B, C, h, w), sigma (B,) or scalar -> (B,). Its gradient is zero where mu = mu_ref and only there."""
+    s = torch.as_tensor(sigma, dtype=mu.dtype, device=mu.device).reshape(-1, *[1] * (mu.ndim - 1))
+    return ((mu - mu_ref).square() / (2 * s * s)).flatten(1).mean(1)

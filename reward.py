@@ -1,0 +1,178 @@
+"""The steering reward: CLIP scores a picture against its prompt's embedding, moved from unsafe towards safe.
+
+    z_image, z_text   CLIP embeddings of unit length, (B, d)
+    v                 safety direction, (d,);  alpha  how far the text is moved along it
+
+    v = mean(safe anchors) − mean(unsafe anchors)                   of unit text embeddings, then scaled to unit length
+    r = cos( z_image, normalize(z_text + alpha·v) )                 alpha = 0 for a prompt that is not steered
+
+No label, no safety model: twenty-odd short phrases on each side say what "safe" means (prompts/anchors.txt). The
+diffusion model always sees the prompt as it was written; only the target of the reward moves.
+
+The paper's text takes v as the raw difference and steers unsafe prompts; its released code scales v to unit length and
+steers all. Both readings of both are here: `unit`, and `steer`. Unsafe is what the prompt file's category says; a prompt
+without a category is unsafe when z_text·v < 0.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+HERE = Path(__file__).parent
+ALIASES = {"shapes": str(HERE / "models" / "shapes" / "clip")}
+BENIGN = "benign"  # the one category of prompts that is not steered
+
+
+# ------------------------------------------------------------------------------------------------ prompts and anchors
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file, and the [category] it stands under ("" for none)."""
+    text: str
+    category: str = ""
+
+
+def read_prompts(paths) -> list[Prompt]:
+    """Read prompt files: one prompt a line, `#` starts a comment line, `[name]` sets the category of what follows.
+    "shapes" means prompts/shapes.txt. Raises ValueError or OSError naming the file and what to change."""
+    prompts = []
+    for path in paths:
+        path = HERE / "prompts" / "shapes.txt" if str(path) == "shapes" else Path(path)
+        category, before = "", len(prompts)
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
+        for line in map(str.strip, lines):
+            if line.startswith("[") and line.endswith("]"):
+                category = line[1:-1].strip().lower()
+            elif line and not line.startswith("#"):
+                prompts.append(Prompt(line, category))
+        if len(prompts) == before:
+            raise ValueError(f"{path}: no prompt in it (one prompt a line; # starts a comment)")
+    return prompts
+
+
+def read_anchors(path) -> tuple[list[str], list[str]]:
+    """Read an anchors file, sections [safe] and [unsafe] -> (safe phrases, unsafe phrases). "shapes" means
+    prompts/anchors_shapes.txt. Raises ValueError or OSError naming the file and what to change."""
+    path = HERE / "prompts" / "anchors_shapes.txt" if str(path) == "shapes" else Path(path)
+    phrases = read_prompts([path])
+    safe, unsafe = ([p.text for p in phrases if p.category == name] for name in ("safe", "unsafe"))
+    other = {p.category for p in phrases} - {"safe", "unsafe"}
+    if other or not safe or not unsafe:
+        raise ValueError(f"{path}: anchors need phrases under [safe] and under [unsafe], and nothing else"
+                         + (f"; found {sorted(other)}" if other else ""))
+    if set(safe) == set(unsafe):
+        raise ValueError(f"{path}: the safe and the unsafe anchors are the same, so the safety direction would be zero")
+    return safe, unsafe
+
+
+# ------------------------------------------------------------------------------------------------ the mathematics
+
+def safety_direction(safe, unsafe, unit: bool = True):
+    """v = mean(safe) − mean(unsafe) of unit text embeddings (n, d) and (m, d); scaled to unit length if `unit` -> (d,).
+    Raises ValueError where the two means coincide."""
+    v = F.normalize(safe, dim=-1).mean(0) - F.normalize(unsafe, dim=-1).mean(0)
+    if v.norm() < 1e-4:
+        raise ValueError("safe and unsafe anchors have the same mean embedding: the safety direction is zero")
+    return F.normalize(v, dim=0) if unit else v
+
+
+def steer(text, direction, alpha):
+    """normalize(z_text + alpha·v): text (B, d), direction (d,), alpha a number or (B,) -> (B, d) rows of unit length."""
+    alpha = torch.as_tensor(alpha, dtype=text.dtype, device=text.device).reshape(-1, 1)
+    return F.normalize(F.normalize(text, dim=-1) + alpha * direction, dim=-1)
+
+
+def preprocess(images, size: int, crop: int, mean, std):
+    """CLIP's own preparation, on the device and in one batch: shorter side to `size` (bicubic, antialiased), centre crop,
+    normalise. images (B, 3, H, W) in [0, 1] -> (B, 3, crop, crop)."""
+    height, width = images.shape[-2:]
+    scale = size / min(height, width)
+    images = F.interpolate(images, (int(height * scale), int(width * scale)), mode="bicubic", antialias=True)
+    top, left = (images.shape[-2] - crop) // 2, (images.shape[-1] - crop) // 2
+    images = images[..., top:top + crop, left:left + crop].clamp(0, 1)  # a bicubic kernel overshoots at edges
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
+    return (images - mean) / std
+
+
+# ------------------------------------------------------------------------------------------------ the reward
+
+class SteeringReward:
+    """Scores pictures: reward(images, prompts) -> (B,). Targets are computed once per prompt and kept.
+
+    clip: a transformers CLIP (hub id, folder, or "shapes"); anchors: (safe phrases, unsafe phrases) as read_anchors
+    returns them; steered: "unsafe" or "all"; unit: whether v has unit length."""
+
+    def __init__(self, clip: str, anchors, alpha: float = 0.5, unit: bool = True, steered: str = "unsafe",
+                 device="cpu", dtype=torch.float32, batch_size: int = 32):
+        name = ALIASES.get(clip, clip)
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind != "clip":
+            raise ValueError(f"--clip {clip}: a {kind} model; the reward needs a transformers CLIPModel, "
+                             "whose text and image towers project into one space")
+        model, info = CLIPModel.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"--clip {clip}: lacks {len(info['missing_keys'])} of a CLIPModel's weights, "
+                             f"{sorted(info['missing_keys'])[0]} among them")
+        self.clip = model.requires_grad_(False).eval().to(device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(name)
+        try:
+            processor = CLIPImageProcessor.from_pretrained(name)
+        except OSError:  # HPSv2 in transformers' format has no preprocessor file: it is CLIP's own
+            processor = CLIPImageProcessor()
+        self.geometry = (processor.size["shortest_edge"], processor.crop_size["height"],
+                         processor.image_mean, processor.image_std)
+        self.alpha, self.steered, self.device, self.batch_size = alpha, steered, device, batch_size
+        self.direction = safety_direction(*map(self.embed_text, anchors), unit)
+        self.cache = {}
+
+    @torch.no_grad()
+    def embed_text(self, texts):
+        """n texts, cut at CLIP's length -> (n, d) float32, unit rows."""
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt",
+                                max_length=self.clip.config.text_config.max_position_embeddings).to(self.device)
+        out = self.clip.get_text_features(**tokens)
+        return F.normalize(getattr(out, "pooler_output", out).float(), dim=-1)  # transformers >= 5 returns an object
+
+    @torch.no_grad()
+    def embed_images(self, images):
+        """(B, 3, H, W) in [0, 1] -> (B, d) float32, unit rows."""
+        parts = []
+        for part in images.split(self.batch_size):
+            pixels = preprocess(part.float(), *self.geometry).to(self.clip.dtype)
+            out = self.clip.get_image_features(pixel_values=pixels)
+            parts.append(getattr(out, "pooler_output", out).float())
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    def is_unsafe(self, prompt: Prompt) -> bool:
+        """Whether a prompt is an unsafe one: by its category, or by the sign of z_text·v where it has none."""
+        if prompt.category:
+            return prompt.category != BENIGN
+        return bool(self.embed_text([prompt.text])[0] @ self.direction < 0)
+
+    def targets(self, prompts):
+        """Plain and steered text targets of prompts: two of (B, d), unit rows."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self.cache]
+        if missing:
+            text = self.embed_text([p.text for p in missing])
+            alpha = [self.alpha * (self.steered == "all" or self.is_unsafe(p)) for p in missing]
+            self.cache.update(zip(missing, zip(text, steer(text, self.direction, alpha))))
+        plain, steered = zip(*(self.cache[p] for p in prompts))
+        return torch.stack(plain), torch.stack(steered)
+
+    def score(self, images, prompts):
+        """reward, alignment (cosine to the unmoved text) and image safety (z_image·v), each (B,), from one encoding."""
+        prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        plain, steered = self.targets(prompts)
+        z_image = self.embed_images(images)
+        assert z_image.shape == steered.shape, "one picture per prompt"
+        return (z_image * steered).sum(1), (z_image * plain).sum(1), z_image @ self.direction
+
+    def __call__(self, images, prompts):
+        """r = cos(z_image, normalize(z_text + alpha·v)): images (B, 3, H, W) in [0, 1], B prompts -> (B,)."""
+        return self.score(images, prompts)[0]

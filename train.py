@@ -1,0 +1,394 @@
+"""SafeDiffusion-R1: online post-training of a text-to-image diffusion model with GRPO and a CLIP steering reward.
+
+One epoch: draw P prompts, sample G pictures of each with the policy (sample.py), score them (reward.py), turn scores
+into advantages within each prompt's group, take a few clipped steps on the recorded transitions (grpo.py), log, save.
+
+Departures from the paper (arXiv 2605.18719) and from its released code, with reasons in the README:
+ 1. exact KL to the frozen base, which the released code lacks; unsafe prompts alone are steered by default
+ 2. stored latents are float32: what is scored is what is trained on, so the ratio of the first update is 1
+ 3. the last two transitions are left out: at T = 50 one of them carries half of the gradient's variance
+ 4. P = 8 prompts and 2 updates per rollout, for one GPU
+
+    python train.py --prompts prompts/i2p.txt prompts/benign.txt --out runs/sd14      # Stable Diffusion v1.4, one GPU
+    python train.py --model shapes                                                    # minutes on a laptop
+"""
+
+import argparse
+import copy
+import math
+import resource
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+from tqdm import tqdm
+
+import runs
+from grpo import gaussian_kl, group_advantages, policy_loss
+from reward import Prompt, SteeringReward, read_anchors, read_prompts
+from sample import (ddim_mean, ddim_schedule, decode, default_device, encode_prompts, image_generator, load_pipeline,
+                    log_prob, predict_noise, rollout, save_grid)
+
+# Where the shapes world differs from Stable Diffusion: D = 256 instead of 16,384, a mean over which moves 8 times as far
+# from noise alone, and a network that is small enough for a larger rate.
+SHAPES = dict(clip="shapes", anchors="shapes", prompts=["shapes"], out="runs/shapes", epochs=40, prompts_per_rollout=12,
+              group=8, steps=20, guidance=3.0, unsafe_fraction=0.33, learning_rate=2e-4, clip_range=5e-3, kl=0.02,
+              timestep_fraction=0.5, micro_batch=64, sample_batch=96, save_every=20, picture_every=10,
+              no_checkpointing=True, show_unsafe=True)
+
+
+GRID_COLUMNS = 8    # pictures per prompt in a grid
+TABLE_PROMPTS = 64  # pictures per model in the table at the end; evaluate.py measures on as many as one likes
+SHAPES_TABLE = 24   # captions per category in the shapes world's table
+
+
+def latent_shape(unet):
+    """(C, h, w) of a UNet's latents."""
+    return unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Make a diffusion model safer with GRPO and a CLIP steering reward.")
+    add = parser.add_argument_group("models and prompts").add_argument
+    add("--model", default="CompVis/stable-diffusion-v1-4", help="the paper's base; folder, hub id, NAME:SUBFOLDER, shapes")
+    add("--clip", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="the network that HPSv2.1 was tuned from")
+    add("--anchors", default=str(runs.HERE / "prompts" / "anchors.txt"), help="25 safe + 20 unsafe phrases, as the paper")
+    add("--prompts", nargs="+", default=[str(runs.HERE / "prompts" / f"{n}.txt") for n in ("i2p", "benign")])
+    add("--out", default="runs/sd14", help="run folder: metrics.jsonl, pictures, checkpoints, final/")
+
+    add = parser.add_argument_group("reward").add_argument
+    add("--alpha", type=float, default=0.5, help="how far the text moves along the direction; 0 is plain CLIP (paper: 0.5)")
+    add("--direction", choices=("unit", "raw"), default="unit", help="the released code's reading, or the text's")
+    add("--steer", choices=("unsafe", "all"), default="unsafe", help="the text's scope, or the released code's")
+
+    add = parser.add_argument_group("rollout").add_argument
+    add("--epochs", type=int, default=300, help="rollouts, each with its updates (the paper's checkpoints: 280 to 300)")
+    add("--prompts-per-rollout", type=int, default=8, metavar="P", help="fewer than the paper's, for one GPU")
+    add("--group", type=int, default=16, metavar="G", help="pictures per prompt (paper: 16)")
+    add("--unsafe-fraction", type=float, default=0.5, help="share of the P prompts that are unsafe, if there are both")
+    add("--steps", type=int, default=50, metavar="T", help="denoising steps (paper: 50)")
+    add("--guidance", type=float, default=5.0, help="classifier-free guidance, in rollout and update (paper: 5)")
+    add("--eta", type=float, default=1.0, help="noise of the policy; 0 has no density and is refused (paper: 1)")
+    add("--shared-noise", action="store_true", help="one initial noise per group, as the released code has it")
+    add("--sample-batch", type=int, default=32, help="pictures sampled at once; no activations are kept")
+
+    add = parser.add_argument_group("update").add_argument
+    add("--updates", type=int, default=2, help="optimizer steps per rollout (released code: 16)")
+    add("--micro-batch", type=int, default=8, help="transitions per forward and backward; the gradient does not depend on it")
+    add("--timestep-fraction", type=float, default=1.0, help="random share of each trajectory that is trained")
+    add("--skip-last", type=int, default=2, help="transitions left out at the end of a trajectory (README: why two)")
+    add("--learning-rate", "--lr", type=float, default=1e-5, help="paper: 1e-5")
+    add("--weight-decay", type=float, default=1e-4, help="paper: 1e-4")
+    add("--clip-range", type=float, default=1e-4, help="of the ratio per latent dimension (DDPO, and the paper's code)")
+    add("--kl", type=float, default=0.01, metavar="BETA", help="weight of the KL to the frozen base; 0 for none")
+    add("--max-grad-norm", type=float, default=1.0)
+    add("--lora-rank", type=int, default=0, help="train adapters of this rank (needs peft); 0 trains the whole UNet")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=int, default=0)
+    add("--device", default=None, help="default: the GPU; name cpu to run a full-size model there all the same")
+    add("--precision", choices=("bf16", "float32"), default=None, help="of the UNet's compute; masters are float32 always")
+    add("--no-checkpointing", action="store_true", help="keep activations: faster, several times the memory")
+    add("--picture-every", type=int, default=20, metavar="N", help="rollouts between picture grids, base above policy")
+    add("--show-unsafe", action="store_true", help="do not blur the pictures of unsafe prompts in those grids")
+    add("--save-every", type=int, default=20, metavar="N", help="rollouts between checkpoints")
+    add("--keep", type=int, default=2, help="checkpoints kept")
+    add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    if parser.parse_known_args(argv)[0].model == "shapes":
+        parser.set_defaults(**SHAPES)
+    args = parser.parse_args(argv)
+    runs.check_flags(args)
+    return args
+
+
+# ------------------------------------------------------------------------------------------------ one epoch, in parts
+
+def choose_prompts(unsafe, benign, args, epoch: int):
+    """P prompts without repetition, the same for every resumed run: unsafe_fraction of them unsafe, if there are both."""
+    n_unsafe = round(args.prompts_per_rollout * args.unsafe_fraction) if unsafe and benign else bool(unsafe) * 10**9
+    n_unsafe = min(n_unsafe, args.prompts_per_rollout)
+    generator = image_generator(args.seed, epoch, "prompts")
+    chosen = []
+    for pool, count in ((unsafe, n_unsafe), (benign, args.prompts_per_rollout - n_unsafe)):
+        chosen += [pool[i % len(pool)] for i in torch.randperm(max(len(pool), count), generator=generator)[:count]]
+    return chosen
+
+
+def shared_noise(chosen, args, epoch, shape):
+    """One initial noise per group, repeated for its pictures: (P·G, C, h, w)."""
+    noise = [torch.randn(shape, generator=image_generator(args.seed, epoch, i, "shared")) for i in range(len(chosen))]
+    return torch.stack(noise).repeat_interleave(args.group, 0)
+
+
+def update(policy, base, optimizer, schedule, batch, args, autocast, prediction_type, epoch):
+    """Clipped policy-gradient steps on a rollout's transitions; returns statistics summed over all of them.
+
+    batch: latents (B, T+1, C, h, w), log_probs (B, T), advantages (B,), text (B, L, d), null_text (1, L, d).
+    Pairs of (picture, transition) are shuffled, shared out among the optimizer steps, and taken in micro-batches, each
+    weighted by its count, so that neither T nor the micro-batch changes the gradient."""
+    device, stats, norms = batch["latents"].device, {}, []
+    trained = args.steps - args.skip_last
+    per_image = max(1, round(trained * args.timestep_fraction))
+    generator = image_generator(args.seed, epoch, "transitions")
+    steps = torch.rand(len(batch["advantages"]), trained, generator=generator).argsort(1)[:, :per_image]
+    teaching = (batch["advantages"] != 0).nonzero().flatten().cpu()   # groups without spread are dropped here
+    pairs = torch.cartesian_prod(teaching, torch.arange(per_image)) if len(teaching) else torch.zeros(0, 2).long()
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    bar = tqdm(total=math.ceil(len(pairs) / args.micro_batch), desc="update", leave=False)
+    for first, share in enumerate(pairs.tensor_split(args.updates) if len(pairs) >= args.updates else []):
+        optimizer.zero_grad(set_to_none=True)
+        for micro in share.split(args.micro_batch):
+            image, step = micro[:, 0].to(device), steps[micro[:, 0], micro[:, 1]].to(device)
+            x_t, x_prev = batch["latents"][image, step], batch["latents"][image, step + 1]
+            a_t, a_p, s, t = (getattr(schedule, k)[step] for k in ("alpha_t", "alpha_prev", "sigma", "timesteps"))
+            network_inputs = (x_t, t, batch["text"][image], batch["null_text"], args.guidance)
+            with autocast():
+                mu = ddim_mean(predict_noise(policy, *network_inputs), x_t, a_t, a_p, s, prediction_type)
+            logp = log_prob(x_prev, mu, s)
+            loss, new = policy_loss(logp, batch["log_probs"][image, step], batch["advantages"][image], args.clip_range)
+            if args.kl:
+                with torch.no_grad(), autocast(), without_adapter(policy, base):
+                    mu_ref = ddim_mean(predict_noise(base, *network_inputs), x_t, a_t, a_p, s, prediction_type)
+                kl = gaussian_kl(mu, mu_ref, s)
+                loss, new["kl_ref"] = loss + args.kl * kl.mean(), kl.detach().sum()
+            (loss * (len(micro) / len(share))).backward()
+            for name, value in new.items():
+                stats[name] = value if name not in stats else (
+                    torch.maximum(stats[name], value) if name == "ratio_dev" else stats[name] + value)
+            bar.update()
+        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm,
+                                                    error_if_nonfinite=True))
+        if first == 0:
+            stats["ratio_dev_first"] = stats["ratio_dev"].clone()  # before any step: the policy is the one that sampled
+        optimizer.step()
+    bar.close()
+    stats = {name: value.item() for name, value in stats.items()}
+    return stats | {"pairs": len(pairs), "updates": len(norms), "grad_norm": float(sum(norms)) / max(1, len(norms))}
+
+
+def without_adapter(policy, base):
+    """The base is the policy with its adapter off (LoRA), or a frozen network of its own, which needs nothing."""
+    return policy.disable_adapter() if base is policy else nullcontext()
+
+
+def record(epoch, args, rewards, alignment, safety, advantages, unsafe, stats, seconds):
+    """The line of metrics.jsonl for one rollout; the README defines each figure. rewards (P, G); unsafe (P,) bool."""
+    flat_unsafe = unsafe[:, None].expand_as(rewards)
+    mean = lambda values: values.mean().item() if values.numel() else None
+    ratio = lambda part, whole: stats.get(part, 0) / max(1, stats.get(whole, 0))
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return dict(
+        epoch=epoch, reward_mean=mean(rewards), reward_std=mean(rewards.std(1, correction=0)),
+        reward_unsafe=mean(rewards[flat_unsafe]), reward_benign=mean(rewards[~flat_unsafe]),
+        alignment=mean(alignment), image_safety=mean(safety), image_safety_unsafe=mean(safety[flat_unsafe.flatten()]),
+        zero_std_groups=mean((advantages == 0).all(1).float()), ratio_dev_first=stats.get("ratio_dev_first", 0.0),
+        ratio_dev_max=stats.get("ratio_dev", 0.0), clip_frac_pos=ratio("clipped_positive", "positive"),
+        clip_frac_neg=ratio("clipped_negative", "negative"), kl_ref=ratio("kl_ref", "pairs"),
+        kl_old=ratio("kl_old", "pairs"), grad_norm=stats["grad_norm"], lr=args.learning_rate, updates=stats["updates"],
+        **seconds, images_per_second=rewards.numel() / sum(seconds.values()), peak_memory_gb=peak)
+
+
+# ------------------------------------------------------------------------------------------------ models and the plan
+
+def make_policy(unet, args, device):
+    """The UNet that learns, in float32, and the base for the KL: a frozen copy, or the policy itself under LoRA."""
+    unet.to(device, torch.float32)
+    if args.lora_rank:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise ValueError("--lora-rank needs the package peft: pip install peft") from None
+        unet.requires_grad_(False)
+        target = ["to_q", "to_k", "to_v", "to_out.0"]
+        policy = base = get_peft_model(unet, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=target))
+    else:
+        base = copy.deepcopy(unet).to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
+        policy = unet.requires_grad_(True)
+    if not args.no_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if device.type == "cuda":
+        policy.to(memory_format=torch.channels_last)
+        base.to(memory_format=torch.channels_last)
+    return policy.eval(), base.eval()  # eval in rollout and in update: dropout would be part of the policy
+
+
+def print_plan(args, policy, prompts, unsafe, device):
+    """One screen that says what is about to happen and what it needs, before it happens."""
+    categories = {}
+    for prompt in prompts:
+        categories[prompt.category or "no category"] = categories.get(prompt.category or "no category", 0) + 1
+    images = args.prompts_per_rollout * args.group
+    transitions = images * max(1, round((args.steps - args.skip_last) * args.timestep_fraction))
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    print(f"model    {args.model}: {trained / 1e6:.1f} M parameters trained"
+          f"{f' (LoRA, rank {args.lora_rank})' if args.lora_rank else ''}, {args.precision} on {device}")
+    print(f"reward   {args.clip}, alpha {args.alpha}, {args.direction} direction, {args.steer} prompts steered")
+    print(f"prompts  {len(prompts)}, {unsafe} of them unsafe: "
+          + ", ".join(f"{name} {count}" for name, count in categories.items()))
+    print(f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, {args.steps} steps, "
+          f"guidance {args.guidance}, eta {args.eta}")
+    print(f"update   {args.updates} per rollout on {transitions} transitions (all but the last {args.skip_last} of each, "
+          f"x {args.timestep_fraction}), lr {args.learning_rate}, clip {args.clip_range}, KL {args.kl}")
+    print(f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
+    print(f"memory   about {runs.memory_estimate(args, policy):.1f} GB at the peak")
+
+
+# ------------------------------------------------------------------------------------------------ pictures and the table
+
+@torch.no_grad()
+def draw(unet, pipe, schedule, texts, args, autocast, key, batch=None):
+    """Pictures of texts on noise that depends on `key` and the picture's number alone: (N, 3, H, W)."""
+    generators = [image_generator(args.seed, key, i) for i in range(len(texts))]
+    encoded = encode_prompts(pipe, texts).to(schedule.sigma.device)
+    null = encode_prompts(pipe, [""]).to(encoded.device)
+    with autocast():
+        drawn = rollout(unet, schedule, encoded, null, args.guidance, generators, latent_shape(unet),
+                        pipe.scheduler.config.prediction_type, args.sample_batch, keep=False)
+        return decode(pipe.vae, drawn.latents[:, -1])
+
+
+def blur(images):
+    """Average over blocks of an eighth of the width: colours and layout stay, content does not."""
+    block = images.shape[-1] // 8
+    small = torch.nn.functional.avg_pool2d(images, block)
+    return torch.nn.functional.interpolate(small, images.shape[-2:], mode="nearest")
+
+
+def picture_prompts(prompts, most: int = 8):
+    """The first prompts of each category in turn, for the grids: the same at every epoch."""
+    groups = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.category, []).append(prompt)
+    turns = [p for row in range(most) for group in groups.values() for p in group[row * len(group) // most:][:1]]
+    return list(dict.fromkeys(turns))[:most]
+
+
+def draw_grid(run, epoch, networks, pipe, schedule, prompts, unsafe, args, autocast):
+    """A grid of fixed prompts and noise, base above policy. Pictures of unsafe prompts are blurred unless asked for."""
+    shown = picture_prompts(prompts)
+    texts = [p.text for p in shown for _ in range(GRID_COLUMNS)]
+    rows = []
+    for unet, context in networks.values():
+        with context():
+            images = draw(unet, pipe, schedule, texts, args, autocast, "grid")
+        hidden = torch.tensor([unsafe[p] and not args.show_unsafe for p in shown]).repeat_interleave(GRID_COLUMNS)
+        rows.append(torch.where(hidden.view(-1, 1, 1, 1), blur(images).cpu(), images.cpu()))
+    grid = torch.stack([r.unflatten(0, (-1, GRID_COLUMNS)) for r in rows], 1).flatten(0, 2)
+    save_grid(grid, run / f"pictures-{epoch:06d}.png", GRID_COLUMNS,
+              [f"{p.text[:40]} ({name})" for p in shown for name in networks])
+
+
+def score_table(networks, pipe, schedule, reward, prompts, args, autocast):
+    """Base and policy on the same prompts and noise, by category, as the lines of a Markdown table. The shapes world
+    adds what its pixel detector finds: share of unsafe pictures, share of pictures that show what the caption says."""
+    if args.clip == "shapes":
+        import shapes
+        prompts = [Prompt(*pair) for pair in shapes.evaluation_prompts(SHAPES_TABLE)]
+    else:
+        prompts = [p for p in picture_prompts(prompts, TABLE_PROMPTS)]
+    columns = {}
+    for name, (unet, context) in networks.items():
+        with context():
+            images = draw(unet, pipe, schedule, [p.text for p in prompts], args, autocast, "table")
+        values = dict(zip(("reward", "alignment", "image safety"), reward.score(images, prompts)))
+        if args.clip == "shapes":
+            values["unsafe %"] = 100 * shapes.is_unsafe(images).float()
+            found = shapes.detect(images)
+            values["correct %"] = 100 * torch.tensor([shapes.is_correct(p.text, f) for p, f in zip(prompts, found)]).float()
+        columns[name] = values
+    figures = list(columns["base"])
+    lines = ["| category | n | " + " | ".join(f"{f}, base | after" for f in figures) + " |",
+             "|---" * (2 + 2 * len(figures)) + "|"]
+    for category in dict.fromkeys(p.category for p in prompts):
+        rows = [i for i, p in enumerate(prompts) if p.category == category]
+        cells = [f"{columns[name][f][rows].mean().item():.{1 if '%' in f else 3}f}" for f in figures for name in columns]
+        lines.append(f"| {category or '-'} | {len(rows)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = runs.choose_device(args)
+    prompts, anchors = read_prompts(args.prompts), read_anchors(args.anchors)
+    run = runs.open_run(args)
+    half = args.precision == "bf16"
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # where float32 remains
+
+    reward = SteeringReward(args.clip, anchors, args.alpha, args.direction == "unit", args.steer, device,
+                            torch.float16 if device.type == "cuda" else torch.float32)
+    pipe = load_pipeline(args.model, device)
+    unsafe = {p: reward.is_unsafe(p) for p in prompts}
+    pools = [p for p in prompts if unsafe[p]], [p for p in prompts if not unsafe[p]]
+    text = dict(zip(prompts, encode_prompts(pipe, [p.text for p in prompts])))  # once: the text encoder is frozen
+    null_text = encode_prompts(pipe, [""])
+    prediction_type, shape = pipe.scheduler.config.prediction_type, latent_shape(pipe.unet)
+    schedule = ddim_schedule(pipe.scheduler, args.steps, args.eta).to(device)
+    policy, base = make_policy(pipe.unet, args, device)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay,
+                                  fused=device.type == "cuda")
+    print_plan(args, policy, prompts, len(pools[0]), device)
+    networks = {"base": (base, lambda: without_adapter(policy, base)), "after": (policy, nullcontext)}
+    first = runs.load_checkpoint(run, policy, optimizer, args) if args.resume else 0
+
+    for epoch in range(first, args.epochs):
+        clock = [time.perf_counter()]
+        tick = lambda: runs.tick(clock, device)
+
+        # sample: P prompts, G pictures of each, with all that the update needs
+        chosen = choose_prompts(*pools, args, epoch)
+        flat = [p for p in chosen for _ in range(args.group)]
+        generators = [image_generator(args.seed, epoch, i, j, "rollout")
+                      for i in range(len(chosen)) for j in range(args.group)]
+        flat_text = torch.stack([text[p] for p in flat])
+        initial = shared_noise(chosen, args, epoch, shape).to(device) if args.shared_noise else None
+        with tqdm(total=args.steps * math.ceil(len(flat) / args.sample_batch), desc="sample", leave=False) as bar, \
+                autocast():
+            drawn = rollout(policy, schedule, flat_text, null_text, args.guidance, generators, shape, prediction_type,
+                            args.sample_batch, initial=initial, progress=bar)
+            images = decode(pipe.vae, drawn.latents[:, -1])
+        seconds = dict(seconds_sample=tick())
+
+        # reward and advantage: two names for two things
+        rewards, alignment, safety = reward.score(images, flat)
+        rewards = rewards.view(len(chosen), args.group)
+        advantages = group_advantages(rewards)
+        seconds["seconds_reward"] = tick()
+
+        # update
+        batch = dict(latents=drawn.latents, log_probs=drawn.log_probs, advantages=advantages.flatten(),
+                     text=flat_text, null_text=null_text)
+        stats = update(policy, base, optimizer, schedule, batch, args, autocast, prediction_type, epoch)
+        seconds["seconds_update"] = tick()
+
+        # log and save
+        is_unsafe = torch.tensor([unsafe[p] for p in chosen], device=device)
+        runs.log(run, record(epoch, args, rewards, alignment, safety, advantages, is_unsafe, stats, seconds))
+        last = epoch + 1 == args.epochs
+        if last or (epoch + 1) % args.picture_every == 0:
+            draw_grid(run, epoch + 1, networks, pipe, schedule, prompts, unsafe, args, autocast)
+        if last or (epoch + 1) % args.save_every == 0:
+            runs.save_checkpoint(run, epoch + 1, policy, optimizer, args)
+
+    lines = score_table(networks, pipe, schedule, reward, prompts, args, autocast)
+    runs.write_text(run / "table.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    runs.save_final(run, pipe, policy, args)
+    print(f"{run / 'final'}: open it with StableDiffusionPipeline.from_pretrained, or "
+          f"python sample.py --model {run / 'final'} --compare {args.model} --prompt ...")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
