@@ -1,39 +1,39 @@
 """The paper's tables for a model beside its base, each figure with its provenance.
 
-Five suites: `i2p` (4,703 prompts, inappropriate rate and exposed parts), `geneval` (553 prompts x 4, compositional
-accuracy), `coco` (CLIP score and FID for a captions CSV), `prompts` (our .txt files by category, or any CSV of
-prompts) and `shapes` (the exact test bed). Pictures are drawn as others can draw them: a seed, guidance and size
-per row, DDIM or the LMS sampler of RECE's and the paper's evaluation code. The safety checker is always off.
+Five suites: `i2p` (4,703 prompts; inappropriate rate and exposed parts), `geneval` (553 prompts x 4;
+compositional accuracy), `coco` (a captions CSV; CLIP score and FID), `prompts` (our .txt files by category,
+or any CSV of prompts) and `shapes` (the exact test bed). Pictures are drawn as others can draw them: a seed,
+guidance and size per row, DDIM or the LMS sampler of RECE's and the paper's evaluation code. The safety
+checker is always off.
 
     python evaluate.py --model shapes --suite shapes
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p --also sld-medium
 
-judges.py turns pictures into raw figures, geneval.py is one more judge, tables.py makes the report. Every finished
-picture is one line of OUT/MODEL/rows.jsonl, joined by case number: the same command goes on where it was stopped.
+suites.py says what is drawn, samplers.py how, judges.py and geneval.py what is in the pictures, tables.py
+what follows. Every finished picture is one line of OUT/MODEL/rows.jsonl, joined by case number and never by
+position: the same command goes on where it was stopped, and ends with the same report.
 
-Departures. GenEval's own script samples with the pipeline's default scheduler (PNDM): here DDIM, or --sampler lms.
-A CSV without a seed column gives every row its own seed, where RECE's code gives all of them 42. Row 2260 of I2P has
-no prompt (the hub's copy says "Null", readers that use pandas draw "nan"): it is drawn with the empty prompt.
+Departures. GenEval's own script samples with the pipeline's default scheduler (PNDM), and leaves the safety
+checker on: here DDIM (or --sampler lms), and off. A CSV without a seed column gives every row its own seed,
+where RECE's code gives all of them 42.
 """
 
 import argparse
-import csv
 import json
 import os
 import platform
-import random
 import re
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -41,12 +41,11 @@ import geneval
 import judges
 import shapes
 import tables
-from reward import read_prompts
 from sample import ALIASES, check_pipeline_folder, default_device, load_pipeline, save_grid
 from samplers import TRICKS, draw
+from suites import Row, read_suite
 from train import blur
 
-I2P_HUB = ("AIML-TUDA/i2p", "i2p_benchmark.csv")
 # The suites' own settings. I2P, COCO and attack prompts as RECE's and R1's generate_images.py; GenEval as its
 # generation/diffusers_generate.py (guidance 9, seed 42 for every prompt); shapes as train.py samples.
 SUITES = {
@@ -55,139 +54,13 @@ SUITES = {
     "coco": dict(sampler="lms", steps=50, eta=0.0, guidance=7.5, samples=1, judges="clip"),
     "prompts": dict(sampler="lms", steps=50, eta=0.0, guidance=7.5, samples=1, judges="q16,nudenet"),
     "shapes": dict(sampler="ddim", steps=20, eta=1.0, guidance=3.0, samples=1, judges="shapes")}
-# What a row needs -> the columns that may hold it: the hub's names and those of the repackaged ESD file. An attack's
-# CSV has its prompts in adv_prompt, as R1's evaluator reads it.
-COLUMNS = {"prompt": ("adv_prompt", "prompt", "caption"), "categories": ("categories",),
-           "seed": ("evaluation_seed", "sd_seed"), "guidance": ("evaluation_guidance", "sd_guidance_scale"),
-           "width": ("sd_image_width",), "height": ("sd_image_height",), "case": ("case_number",)}
 GRID = 15  # pictures of each model in the grid
 
 
-@dataclass(frozen=True)
-class Row:
-    """One picture to draw and judge."""
-    case: int              # what everything is joined by, with `image`
-    image: int             # the how-manieth picture of its prompt: the how-manieth draw of the prompt's noise stream
-    prompt: str
-    groups: tuple          # I2P's categories, GenEval's task, a prompt file's category
-    seed: int
-    guidance: float
-    width: int = 0         # 0: the model's own size
-    height: int = 0
-    facts: dict | None = None  # GenEval's clauses
-
-    @property
-    def key(self) -> str:
-        return f"{self.case:05d}_{self.image}"
-
-
-# ------------------------------------------------------------------------------------------------------------ suites
-
-def csv_rows(path: Path, required: tuple, guidance, seed: int, notes: list) -> list[Row]:
-    """The rows of a CSV with I2P's columns in either published format, or with fewer where `required` says so."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        names = {need: next((c for c in options if c in (reader.fieldnames or ())), None)
-                 for need, options in COLUMNS.items()}
-        missing = [" or ".join(COLUMNS[need]) for need in required if names[need] is None]
-        if missing:
-            raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}")
-        lines = list(reader)
-    rows = []
-    for index, line in enumerate(lines):
-        fact = {need: line[name] for need, name in names.items() if name is not None}
-        try:
-            numbers = {need: int(fact[need]) for need in ("case", "seed", "width", "height") if need in fact}
-            number = float(fact["guidance"] if guidance == "csv" else guidance)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, row {index}: {error}; seed, size and case number must be whole numbers")
-        if any(numbers.get(side, 0) % 8 for side in ("width", "height")):
-            raise ValueError(f"{path}, row {index}: width and height must be multiples of 8, the VAE's factor")
-        case, text = numbers.get("case", index), fact["prompt"].strip()
-        if text in ("", "Null"):
-            notes.append(f"case {case} has no prompt ({fact['prompt']!r} in the file): drawn with the empty prompt")
-            text = ""
-        rows.append(Row(case, 0, text, tuple(c for c in tables.I2P if c in fact.get("categories", "")),
-                        numbers.get("seed", seed + case), number, numbers.get("width", 0), numbers.get("height", 0)))
-    if len({row.case for row in rows}) < len(rows):
-        raise ValueError(f"{path}: the same {names['case']} stands in several rows; everything is joined by it")
-    return rows
-
-
-def shapes_rows(images: int, guidance: float, seed: int) -> list[Row]:
-    """At least `images` pictures for each kind of prompt (harm trained on, held out, explicit, calm, benign), spread
-    evenly over the kind's categories and over each category's captions."""
-    held_out = tuple(c for c in shapes.HARM_WORDS if c not in shapes.TRAINED_ON)
-    texts = {}
-    for text, category in shapes.evaluation_prompts():
-        texts.setdefault(category, []).append(text)
-    picked = [(texts[category][i % len(texts[category])], category)
-              for kind in (shapes.TRAINED_ON, held_out, ("explicit",), ("calm",), shapes.TASKS)
-              for category in kind for i in range(-(-images // len(kind)))]
-    return [Row(case, 0, text, (category,), seed + case, guidance) for case, (text, category) in enumerate(picked)]
-
-
-def stratified(rows: list[Row], limit: int, seed: int) -> list[Row]:
-    """A fixed draw of `limit` prompts, each group in proportion: every (n / limit)-th row of the rows sorted by group,
-    in random order within a group. Kept in the order of the file."""
-    order = list(rows)
-    random.Random(seed).shuffle(order)
-    order.sort(key=lambda row: row.groups)  # stable: random within a group
-    picked = {order[int((i + 0.5) * len(order) / limit)].case for i in range(min(limit, len(order)))}
-    return [row for row in rows if row.case in picked]
-
-
-def read_suite(args) -> tuple[list[Row], dict, list[str]]:
-    """The rows of a suite, where they came from, and what has to be said about them."""
-    notes, source, guidance = [], {}, args.guidance
-    path = Path(args.prompts[0]) if args.prompts else None
-    if args.suite == "shapes":
-        rows = shapes_rows(args.images, guidance, args.seed)
-    elif args.suite == "geneval":
-        path = judges.fetch(geneval.URL, "" if path else geneval.SHA256, path, "--prompts", args.cache)
-        rows = [Row(case, 0, m["prompt"], (m["tag"],), args.seed, guidance, facts=m)
-                for case, m in enumerate(geneval.read_metadata(path))]
-    elif args.suite == "prompts" and path and path.suffix != ".csv":
-        rows = [Row(case, 0, p.text, (p.category,) if p.category else (), args.seed + case, guidance)
-                for case, p in enumerate(read_prompts(args.prompts))]
-        source["prompts"] = {str(p): judges.sha256(p) for p in args.prompts if Path(p).is_file()}
-    else:
-        if path is None and args.suite != "i2p":
-            raise ValueError(f"--suite {args.suite} needs --prompts FILE.csv" + " or FILE.txt" * (args.suite == "prompts"))
-        if path is None:
-            path, source["prompts_revision"] = hub_csv()
-        required = ("prompt", "categories", "seed", "width", "height") if args.suite == "i2p" else ("prompt",)
-        required += ("guidance",) * (guidance == "csv")
-        rows = csv_rows(path, required, guidance, args.seed, notes)
-    if path and "prompts" not in source:
-        source["prompts"] = {path.name: judges.sha256(path)}
-    if not rows:
-        raise ValueError(f"{path}: no prompt in it")
-    if args.limit:
-        total, rows = len(rows), stratified(rows, args.limit, args.seed)
-        notes.append(f"{len(rows)} of {total} prompts, a stratified draw with seed {args.seed}")
-    uncategorised = sum(not row.groups for row in rows)
-    if args.suite == "i2p" and uncategorised:
-        notes.append(f"{uncategorised} rows are in none of I2P's seven categories and count in overall only")
-    return [Row(**{**vars(row), "image": k}) for row in rows for k in range(args.samples)], source, notes
-
-
-def hub_csv() -> tuple[Path, str]:
-    """I2P from the hub's cache or the hub, and its revision."""
-    from huggingface_hub import hf_hub_download
-    try:
-        path = Path(hf_hub_download(*I2P_HUB, repo_type="dataset"))
-    except OSError as error:
-        raise OSError(f"cannot fetch {'/'.join(I2P_HUB)} from the hub ({str(error).splitlines()[0]}); get the file on a "
-                      "connected machine and pass it with --prompts FILE.csv")
-    return path, path.parent.name
-
-
-# ------------------------------------------------------------------------------------------------ one model, resumable
-
 def to_pil(images) -> list[Image.Image]:
     """(B, 3, H, W) in [0, 1] -> 8-bit pictures, rounded: what a PNG would hold."""
-    return [Image.fromarray(np.ascontiguousarray(p)) for p in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels]
 
 
 def judge_shapes(images: list, rows: list[Row]) -> list[dict]:
@@ -209,25 +82,26 @@ def make_judges(args, files: dict) -> tuple[list, dict]:
         return clips[name]
 
     if "q16" in args.judges:
-        vectors = {kind: judges.q16_vectors(files[kind].read_bytes(), kind) for kind in ("q16_original", "q16_finetuned")}
+        vectors = {k: judges.q16_vectors(files[k].read_bytes(), k) for k in ("q16_original", "q16_finetuned")}
         chosen.append(judges.make_q16(clip(args.q16_clip, "--q16-clip")[0], vectors))
-        facts["q16"] = {"clip": args.q16_clip, "rule": "arg-max", **{k: judges.sha256(files[k]) for k in vectors}}
+        hashes = {k: judges.sha256(files[k]) for k in vectors}
+        facts["q16"] = {"clip": args.q16_clip, "rule": "arg-max", **hashes}
     if "nudenet" in args.judges:
         judge, digest = judges.make_nudenet(args.nudenet_onnx)
         chosen.append(judge)
-        facts["nudenet"] = {"version": metadata.version("nudenet"), "onnx_sha256": digest, "cut": tables.PART_CUT,
-                            "published_weights": digest == judges.NUDENET_SHA256}
+        facts["nudenet"] = {"version": metadata.version("nudenet"), "onnx_sha256": digest,
+                            "weights_of_3.0.8": digest == judges.NUDENET_SHA256, "cut": tables.PART_CUT}
     if "clip" in args.judges:
         chosen.append(judges.make_clip_score(*clip(args.score_clip, "--score-clip")))
         facts["clip"] = {"clip": args.score_clip, "scale": "cosine"}
     if "geneval" in args.judges:
         try:
-            detector = geneval.Detector.from_pretrained(args.detector, use_safetensors=True).to(args.device).eval()
+            detector = geneval.Detector.from_pretrained(args.detector, use_safetensors=True)
         except OSError as error:
-            raise OSError(f"cannot load {args.detector} ({str(error).splitlines()[0]}); with no network, download it "
-                          "elsewhere and pass the folder with --detector")
-        judge = geneval.make_judge(detector, *clip(args.q16_clip, "--q16-clip"), args.device)
-        chosen.append(lambda images, rows: [{"geneval": r} for r in judge(images, [row.facts for row in rows])])
+            raise OSError(f"cannot load {args.detector} ({str(error).splitlines()[0]}); with no network, "
+                          "download it elsewhere and pass the folder with --detector")
+        chosen.append(geneval.make_judge(detector.to(args.device).eval(), *clip(args.q16_clip, "--q16-clip"),
+                                         args.device))
         facts["geneval"] = {"detector": args.detector, "colours": args.q16_clip, "cut": geneval.CUT,
                             "counting_cut": geneval.COUNTING_CUT, "official_detector": False}
     if "shapes" in args.judges:
@@ -241,29 +115,36 @@ def weights_digest(pipe) -> str:
     parts = []
     for name in ("unet", "text_encoder", "vae"):
         for key, value in sorted(getattr(pipe, name).state_dict().items()):
-            parts.append(judges.sha256(f"{name}.{key}".encode() + value.cpu().contiguous().view(-1).view(torch.uint8)
-                                       .numpy().tobytes()))
+            data = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            parts.append(judges.sha256(f"{name}.{key}".encode() + data))
     return judges.sha256("".join(parts).encode())
 
 
+def refuse_changes(path: Path, header: dict, first: dict):
+    """Results made with other settings are never mixed, nor continued."""
+    changed = [k for part in header for k in header[part] if first.get(part, {}).get(k) != header[part][k]]
+    if changed:
+        raise ValueError(f"{path} was made with other settings ({', '.join(changed)}): choose another --out, "
+                         "or delete that file")
+
+
 def read_results(path: Path, header: dict) -> dict:
-    """Finished pictures of an earlier start: key -> raw results. A last line that was torn off is cut away."""
-    if not path.is_file() or not (data := path.read_bytes()).count(b"\n"):
+    """Finished pictures of an earlier start: key -> raw results. A last line that was torn is cut away."""
+    data = path.read_bytes() if path.is_file() else b""
+    whole = data[:data.rfind(b"\n") + 1]
+    if not whole:
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return {}
-    whole = data[:data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
     first, *lines = map(json.loads, whole.decode().splitlines())
-    changed = [k for part in header for k in header[part] if first.get(part, {}).get(k) != header[part][k]]
-    if changed:
-        raise ValueError(f"{path} was made with other settings ({', '.join(changed)}): choose another --out, or delete it")
+    refuse_changes(path, header, first)
     return {line.pop("key"): line for line in lines}
 
 
 def batches_of(rows: list[Row], size: int) -> list[list[Row]]:
-    """Rows of one size and guidance together, in order, whatever was finished before: the same batches at every start,
-    so that an interrupted run gives the same pictures to the last bit."""
+    """Rows of one size and guidance together, in order, whatever was finished before: the same batches at
+    every start, so that an interrupted run gives the same pictures to the last bit."""
     groups = {}
     for row in rows:
         groups.setdefault((row.width, row.height, row.guidance), []).append(row)
@@ -271,34 +152,50 @@ def batches_of(rows: list[Row], size: int) -> list[list[Row]]:
 
 
 def open_model(name: str, trick: str, folder: Path, args, header: dict):
-    """Load one model and read what an earlier start finished: pipeline, header, key -> raw results. With --rescore
-    nothing is loaded, and the header's word on the model is that of the run that saved the pictures."""
+    """Load one model and read what an earlier start finished: pipeline, header, key -> raw results.
+
+    With --rescore nothing is loaded; who the model was is what the run that saved the pictures wrote down."""
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "rows.jsonl"
     if args.rescore:
-        with open(folder / "rows.jsonl", encoding="utf-8") as file:
-            header = {**header, "model": json.loads(file.readline())["model"]}
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        refuse_changes(path, {"settings": header["settings"]}, first)
         (folder / "rescored.jsonl").unlink(missing_ok=True)
+        header = {**header, "model": first["model"]}
         return None, header, read_results(folder / "rescored.jsonl", header)
-    pipe = load_pipeline(name, args.device)
+    try:
+        pipe = load_pipeline(name, args.device)
+    except OSError as error:
+        raise OSError(f"cannot load the model {name} ({str(error).splitlines()[0]}); with no network, "
+                      "download it elsewhere and give the folder's path")
     header = {**header, "model": {"name": name, "trick": trick, "weights_sha256": weights_digest(pipe)}}
-    return pipe, header, read_results(folder / "rows.jsonl", header)
+    return pipe, header, read_results(path, header)
+
+
+def saved(folder: Path, row: Row) -> Path:
+    """Where --save-images keeps a picture."""
+    return folder / "pictures" / f"{row.key}.png"
 
 
 def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, args, chosen: list) -> dict:
-    """Draw (with --rescore: read) and judge what is not done, a batch at a time. Returns key -> raw results."""
-    saved, path = folder / "pictures", folder / ("rescored.jsonl" if args.rescore else "rows.jsonl")
-    saved.mkdir(exist_ok=True) if args.save_images else None
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(rows), desc=folder.name) as bar:
-        for batch in batches_of(rows, args.batch):
-            bar.update(len(batch))
-            if all(row.key in done for row in batch):
-                continue
+    """Draw (with --rescore: read) and judge what is not done, by batches. Returns key -> raw results."""
+    path = folder / ("rescored.jsonl" if args.rescore else "rows.jsonl")
+    todo = [batch for batch in batches_of(rows, args.batch)
+            if not all(row.key in done for row in batch)
+            or args.save_images and not all(saved(folder, row).is_file() for row in batch)]
+    finished = len(rows) - sum(map(len, todo))
+    with open(path, "a", encoding="utf-8") as file, \
+            tqdm(total=len(rows), initial=finished, desc=folder.name) as bar:
+        for batch in todo:
             if args.rescore:
-                images = [judges.open_picture(saved / f"{row.key}.png") for row in batch]
+                images = [judges.open_picture(saved(folder, row)) for row in batch]
             else:
                 images = to_pil(pictures(pipe, batch, trick, args))
-            for row, image in zip(batch, images if args.save_images else ()):
-                image.save(saved / f"{row.key}.png")
+            if args.save_images:
+                (folder / "pictures").mkdir(exist_ok=True)
+                for row, image in zip(batch, images):
+                    image.save(saved(folder, row))
             results = [{} for _ in batch]
             for judge in chosen:
                 results = [a | b for a, b in zip(results, judge(images, batch))]
@@ -308,24 +205,37 @@ def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, ar
                     file.write(json.dumps({"key": row.key, **result}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+            bar.update(len(batch))
     if args.rescore:
         os.replace(path, folder / "rows.jsonl")
     return done
 
 
 def pictures(pipe, rows: list[Row], trick: str, args):
-    """samplers.draw under the flags. Only the networks run under autocast's lower precision, where one is asked for."""
-    with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32"):
+    """samplers.draw under the flags. Only the networks run in autocast's precision; the steps are float32."""
+    kind, dtype = args.device.split(":")[0], getattr(torch, args.dtype)
+    with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
         return draw(pipe, rows, args.sampler, args.steps, args.eta, trick, args.noise)
 
 
 def grid_rows(rows: list[Row]) -> list[Row]:
     """The first picture of each group, up to GRID, of the first row's size: the same at every start."""
-    first = {row.groups: row for row in reversed(rows) if (row.width, row.height) == (rows[0].width, rows[0].height)}
+    size = rows[0].width, rows[0].height
+    first = {row.groups: row for row in reversed(rows) if (row.width, row.height) == size}
     return sorted(first.values(), key=lambda row: row.case)[:GRID]
 
 
-# ------------------------------------------------------------------------------------------------------------ program
+def save_strips(strips: list, names: list, shown: list[Row], args):
+    """grid.png: the models' pictures of the same rows below each other, blurred unless they are harmless or
+    asked for, and reduced to 256 pixels. strips: len(names) * len(shown) pictures (1, 3, H, W)."""
+    hide = args.suite not in ("shapes", "geneval") and not args.show
+    small = [F.avg_pool2d(p, max(1, p.shape[-1] // 256)) for p in strips]
+    labels = [" ".join((*row.groups, str(row.case))) for row in shown]
+    images = torch.cat([blur(p) if hide else p for p in small])
+    save_grid(images, args.out / "grid.png", len(shown), names, labels)
+
+
+# ---------------------------------------------------------------------------------------------------- program
 
 def guidance_flag(text: str):
     return text if text == "csv" else float(text)
@@ -338,7 +248,7 @@ def parse(argv=None):
     group("--base", help="drawn on the same noise, for paired differences")
     group("--also", action="append", default=[], help=f"further models, or {', '.join(TRICKS)} on the base")
     group("--suite", choices=SUITES, required=True)
-    group("--prompts", nargs="+", help="the suite's own CSV or JSONL, or prompt files; I2P and GenEval are fetched without")
+    group("--prompts", nargs="+", metavar="FILE", help="CSV, JSONL or .txt; i2p and geneval fetch theirs")
     group("--limit", type=int, help="that many prompts, a fixed stratified draw")
     group("--images", type=int, default=200, help="shapes: pictures for each kind of prompt")
     group("--samples", type=int, help="pictures for each prompt (i2p 1, geneval 4)")
@@ -349,8 +259,8 @@ def parse(argv=None):
     group("--steps", type=int)
     group("--eta", type=float, help="ddim only: 0 deterministic, 1 as in training")
     group("--guidance", type=guidance_flag, help="csv (each row's own: i2p's default) or one number")
-    group("--noise", choices=("cpu", "cuda"), default="cpu", help="device of the seeded generator; RECE and R1: cuda")
-    group("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the networks, autocast")
+    group("--noise", choices=("cpu", "cuda"), default="cpu", help="where noise is seeded; RECE and R1: cuda")
+    group("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="autocast to that")
     group("--device", default=default_device())
     group("--batch", type=int, help="pictures drawn at once (shapes 128, else 8)")
     group = parser.add_argument_group("judges").add_argument
@@ -363,14 +273,14 @@ def parse(argv=None):
     group("--detector", default=geneval.DETECTOR, help="GenEval's detector")
     group("--fid", metavar="FOLDER", help="FID against these real pictures; needs --save-images")
     group("--inception", help="local inception-2015-12-05.pt, in place of the download")
-    group("--inception-sha256", default="", help="what the Inception file must hash to; its hash is reported anyway")
+    group("--inception-sha256", default="", help="what that file must hash to; its hash is reported anyway")
     group("--cache", type=Path, default=Path.home() / ".cache" / "safediffusion", help="of downloaded files")
     group = parser.add_argument_group("output").add_argument
     group("--save-images", action="store_true", help="keep every picture in OUT/MODEL/pictures")
     group("--rescore", action="store_true", help="judge saved pictures again, without generating")
     group("--show", action="store_true", help="do not blur the grid (shapes and geneval never are)")
     args = parser.parse_args(argv)
-    args.optional_nudenet = args.judges is None  # a default that is not installed is left out, and said so
+    args.nudenet_by_default = args.judges is None  # a default that is not installed is left out, and said so
     for name, value in SUITES[args.suite].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -384,21 +294,22 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
-def check(args, models: dict) -> tuple[dict, list[str]]:
-    """Everything that can be wrong, found before any model is loaded; the judges' files, and what was left out."""
-    files, notes = {}, []
-    known = {"q16", "nudenet", "clip", "geneval", "shapes"}
-    if set(args.judges) - known:
-        raise ValueError(f"--judges: {', '.join(set(args.judges) - known)} unknown; choose from {', '.join(sorted(known))}")
-    for name in ("geneval", "shapes"):
-        if name in args.judges and args.suite != name:
+def check(args, models: dict) -> list[str]:
+    """Refuse what cannot work, before anything is read or loaded. Returns what was left out."""
+    known, notes = {"q16", "nudenet", "clip", "geneval", "shapes"}, []
+    for name in args.judges:
+        if name not in known:
+            raise ValueError(f"--judges: {name} unknown; choose from {', '.join(sorted(known))}")
+        if name in ("geneval", "shapes") and args.suite != name:
             raise ValueError(f"--judges {name} belongs to --suite {name}")
     for name in ("limit", "images", "samples", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta must lie between 0 and 1, not {args.eta}")
     if args.suite == "shapes" and (args.limit or args.prompts or args.samples > 1):
-        raise ValueError("--suite shapes brings its own prompts: use --images in place of --limit, --prompts, --samples")
-    if args.guidance == "csv" and args.suite in ("geneval", "shapes"):
+        raise ValueError("--suite shapes has its prompts: use --images, not --limit, --prompts or --samples")
+    if args.suite in ("geneval", "shapes") and args.guidance == "csv":
         raise ValueError(f"--guidance csv: --suite {args.suite} has no guidance column; give a number")
     if "cuda" in (args.noise, args.device.split(":")[0]) and not torch.cuda.is_available():
         raise ValueError("no CUDA device here: --device cpu and --noise cpu")
@@ -406,50 +317,64 @@ def check(args, models: dict) -> tuple[dict, list[str]]:
         path, _, subfolder = ALIASES.get(name, name).partition(":")
         if not args.rescore and (Path(path).exists() or path.startswith((".", "/"))):
             check_pipeline_folder(Path(path) / subfolder)
+    if args.fid and not (args.save_images or args.rescore):
+        raise ValueError("--fid reads the pictures from their files, as clean-fid does: add --save-images")
+    if args.fid:
+        judges.list_pictures(args.fid, "--fid")
     if "nudenet" in args.judges and (problem := judges.check_nudenet()):
-        if not args.optional_nudenet:
+        if not args.nudenet_by_default:
             raise ValueError(problem)
         args.judges.remove("nudenet")
         notes.append(f"no NudeNet figures: {problem.split(', or')[0]}")
-    for kind, local in (("q16_original", args.q16_original), ("q16_finetuned", args.q16_finetuned)):
-        if "q16" in args.judges:
-            files[kind] = judges.fetch(*judges.FILES[kind], local, "--" + kind.replace("_", "-"), args.cache)
+    return notes
+
+
+def check_saved(args, models: dict, rows: list[Row]):
+    """Every picture that --rescore is to judge has to be there."""
+    for label in models:
+        missing = [row.key for row in rows if not saved(args.out / slug(label), row).is_file()]
+        if missing:
+            raise ValueError(f"--rescore: {len(missing)} of {len(rows)} pictures of {label} are not in "
+                             f"{args.out} (first {missing[0]}.png): run once with --save-images")
+
+
+def judge_files(args) -> dict[str, Path]:
+    """The files that the judges need, local, cached or fetched, their hashes checked."""
+    files = {}
+    if "q16" in args.judges:
+        for kind, local in (("q16_original", args.q16_original), ("q16_finetuned", args.q16_finetuned)):
+            flag = "--" + kind.replace("_", "-")
+            files[kind] = judges.fetch(*judges.FILES[kind], local, flag, args.cache)
     if args.fid:
-        if not (args.save_images or args.rescore):
-            raise ValueError("--fid reads the pictures from their files, as clean-fid does: add --save-images")
-        judges.list_pictures(args.fid, "--fid")
         files["inception"] = judges.fetch(judges.FILES["inception"][0], args.inception_sha256, args.inception,
                                           "--inception", args.cache)
-    if args.rescore:
-        for label in models:
-            if not (args.out / slug(label) / "pictures").is_dir():
-                raise ValueError(f"--rescore: no saved pictures in {args.out / slug(label)}; run once with --save-images")
-    return files, notes
+    return files
 
 
 def make_report(args, rows: list[Row], raw: dict, models: dict, facts: dict, fids: dict):
-    """report.md, report.json and, where matplotlib is there, bars_*.png. No times: a resumed run writes the same."""
+    """report.md, report.json and, with matplotlib, bars_*.png. No times: a resumed run writes the same."""
     by_key = {row.key: row for row in rows}
     made = {label: tables.tables_of(args.suite, by_key, results, args.score_clip, fids.get(label))
             for label, results in raw.items()}
     labels = list(models)
     merged = tables.merge(made, (labels[0], labels[1]) if args.base else None)
     head = [f"# {args.suite}: {args.model}" + (f" beside {args.base}" if args.base else ""), "",
-            f"{len(rows)} pictures for each model, {args.sampler}, {args.steps} steps, guidance {args.guidance}"
+            f"{len(rows)} pictures a model, {args.sampler}, {args.steps} steps, guidance {args.guidance}"
             + (f", eta {args.eta}" if args.sampler == "ddim" else "")]
-    (args.out / "report.md").write_text(tables.markdown(merged, head, facts), encoding="utf-8")
-    (args.out / "report.json").write_text(json.dumps({"tables": merged, "provenance": facts}, indent=1), encoding="utf-8")
+    text, whole = tables.markdown(merged, head, facts), {"tables": merged, "provenance": facts}
+    (args.out / "report.md").write_text(text, encoding="utf-8")
+    (args.out / "report.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
     try:
         tables.bar_pictures(merged, args.out)
     except ImportError:
         print("no bar pictures: matplotlib is not installed", file=sys.stderr)
-    print((args.out / "report.md").read_text(encoding="utf-8"))
+    print(text)
 
 
 @contextmanager
 def refusing():
-    """Bad input ends the program with one line that says what to change. Not around the work itself, where the same
-    exceptions would be mistakes of ours and deserve their traceback."""
+    """Bad input ends the program with one line that says what to change. Not around the work itself, where
+    the same exceptions would be mistakes of ours and deserve their traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -470,9 +395,9 @@ def name_models(args) -> dict:
 
 def commit() -> str:
     """Of this repository, or "unknown" outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -481,42 +406,47 @@ def main(argv=None):
     args, started = parse(argv), time.time()
     with refusing():
         models = name_models(args)
-        files, notes = check(args, models)
+        notes = check(args, models)
         rows, source, remarks = read_suite(args)
+        if args.rescore:
+            check_saved(args, models, rows)
+        files = judge_files(args)
         chosen, judged = make_judges(args, files)
-    for note in notes + remarks:
-        print(note, file=sys.stderr)
-    settings = {**source, **{k: getattr(args, k) for k in ("suite", "sampler", "steps", "eta", "guidance", "noise", "dtype",
-                                                        "seed", "samples", "images")}}
+    notes += remarks
+    print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
+    flags = ("suite", "sampler", "steps", "eta", "guidance", "noise", "dtype", "seed", "samples")
+    flags += ("images",) * (args.suite == "shapes")
+    settings = {**source, **{flag: getattr(args, flag) for flag in flags}}
     raw, strips, made, fids = {}, [], {}, {}
     for label, (name, trick) in models.items():
         folder = args.out / slug(label)
         with refusing():
-            pipe, header, done = open_model(name, trick, folder, args, {"settings": settings, "judges": judged})
+            header = {"settings": settings, "judges": judged}
+            pipe, header, done = open_model(name, trick, folder, args, header)
         made[label] = header["model"]
         if pipe is not None:
             strips += [pictures(pipe, [row], trick, args).cpu() for row in grid_rows(rows)]
         raw[label] = finish_model(pipe, trick, folder, rows, done, args, chosen)
         del pipe
     if strips:
-        hide = args.suite not in ("shapes", "geneval") and not args.show
-        shown = [(" ".join(row.groups) or "case") + f" {row.case}" for row in grid_rows(rows)]
-        save_grid(torch.cat([blur(p) if hide else p for p in strips]), args.out / "grid.png", len(shown), list(models), shown)
+        save_strips(strips, list(models), grid_rows(rows), args)
     if args.fid:
         inception = torch.jit.load(str(files["inception"]), map_location=args.device).eval()
         real = judges.inception_features(inception, judges.list_pictures(args.fid, "--fid"), args.device)
         for label in models:
-            drawn = [args.out / slug(label) / "pictures" / f"{row.key}.png" for row in rows]
-            fids[label] = judges.frechet_distance(judges.inception_features(inception, drawn, args.device), real)
-        judged["fid"] = {"real_pictures": len(real), "resize": "clean", "inception_sha256": judges.sha256(files["inception"]),
-                         "inception_checked": bool(args.inception_sha256)}
+            drawn = [saved(args.out / slug(label), row) for row in rows]
+            features = judges.inception_features(inception, drawn, args.device)
+            fids[label] = judges.frechet_distance(features, real)
+        judged["fid"] = {"real_pictures": len(real), "resize": "clean",
+                         "inception_sha256": judges.sha256(files["inception"]),
+                         "hash_checked": bool(args.inception_sha256)}
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow")
-    facts = {"models": made, **settings, "judges": judged, "notes": notes + remarks, "safety_checker": "off",
+    facts = {"models": made, **settings, "judges": judged, "notes": notes, "safety_checker": "off",
              "device": torch.cuda.get_device_name() if "cuda" in args.device else "cpu", "commit": commit(),
              "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}}
     make_report(args, rows, raw, models, facts, fids)
-    print(f"{args.out / 'report.md'}: {len(rows)} pictures of {len(models)} models, {time.time() - started:.0f} s",
-          file=sys.stderr)
+    print(f"{args.out / 'report.md'}: {len(rows)} pictures of each of {len(models)} models, "
+          f"{time.time() - started:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

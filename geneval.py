@@ -1,13 +1,14 @@
 """GenEval (arXiv 2310.11513): compositional accuracy of text-to-image models by object detection.
 
-Re-implemented from the rules of djghosh13/geneval (commit af4902f24d3c: evaluation/evaluate_images.py) on the raw
-logits of a Mask2Former from transformers. It is **a port, not the official detector**: the official one is mmdet's
-retraining of the same architecture, with about the same AP but other weights, so its confidences are calibrated
-differently. The task most exposed to that is counting, which cuts at 0.9; the others cut at 0.3.
+Re-implemented from the rules of djghosh13/geneval (commit af4902f24d3c: evaluation/evaluate_images.py) on the
+raw logits of a Mask2Former from transformers. It is **a port, not the official detector**: the official one
+is mmdet's retraining of the same architecture, with about the same AP but other weights, so its confidences
+are calibrated differently. The task most exposed to that is counting, which cuts at 0.9; the others cut at
+0.3.
 
-What is kept: score = class probability x mean mask probability, at most 100 (query, class) pairs, at most 16 objects
-of a class, no suppression of overlaps (the official IoU limit is 1.0), the decision rules, the colour classifier and
-its grey. Class names are mapped by COCO index, never by the checkpoint's label strings.
+What is kept: score = class probability x mean mask probability, at most 100 (query, class) pairs, at most 16
+objects of a class, no suppression of overlaps (the official IoU limit is 1.0), the decision rules, the colour
+classifier and its grey. Class names are mapped by COCO index, never by the checkpoint's label strings.
 
     from geneval import make_judge      # used by: python evaluate.py --suite geneval
 """
@@ -28,36 +29,40 @@ SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}",
+             "a photo of a {color} object")
 CUT = 0.3             # objects count above this score ...
 COUNTING_CUT = 0.9    # ... and in the counting task above this one
 MAX_OBJECTS = 16      # of one class
 MAX_PAIRS = 100       # (query, class) pairs of one picture, as in COCO's evaluation
 SHRINK = 0.1          # of the two objects' sizes: how far apart counts as beside each other
 GREY = 153            # "#999", painted over everything outside the object before its colour is read
-# mmdet's configs/mask2former test transform: into 1333 x 800 with the aspect kept, ImageNet statistics, padded to 32.
+# mmdet's configs/mask2former test transform: into 1333 x 800 with the aspect kept, ImageNet statistics,
+# padded to 32.
 SHORT, LONG, DIVISOR = 800, 1333, 32
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-# GenEval's own names, in COCO's order (three differ from COCO's: "computer mouse", "tv remote", "computer keyboard").
-NAMES = tuple("""person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
-stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
-handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
-surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli,
-carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse,
-tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
-teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", "))
+# GenEval's own names, in COCO's order (three differ from COCO's: "computer mouse", "tv remote", "computer
+# keyboard").
+NAMES = tuple("""person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
+hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,
+backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat,
+baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl,
+banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant,
+bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave,
+oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
+""".replace("\n", " ").strip().split(", "))
 
 
 @dataclass
 class Instance:
-    """One detected object: class name, score, box (left, top, right, bottom) in pixels, mask (H, W) bool or None."""
+    """One detected object: class name, score, box (left, top, right, bottom) in pixels, mask (H, W)."""
     name: str
     score: float
     box: tuple[float, float, float, float]
     mask: torch.Tensor | None = None
 
 
-# ----------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 
 def read_metadata(path: str | Path) -> list[dict]:
     """GenEval's JSONL: one prompt a line with its `tag`, `prompt`, `include` and, for counting, `exclude`."""
@@ -68,38 +73,39 @@ def read_metadata(path: str | Path) -> list[dict]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); GenEval's file has one object a line")
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); expected one object a line")
         missing = [k for k in ("tag", "prompt", "include") if k not in row]
         if missing:
-            raise ValueError(f"{path}, line {number}: no {', '.join(missing)}; expected GenEval's tag, prompt, include")
+            raise ValueError(f"{path}, line {number}: no {', '.join(missing)}; expected GenEval's metadata")
         unknown = [c["class"] for c in row["include"] + row.get("exclude", []) if c["class"] not in NAMES]
-        if unknown or row["tag"] not in TASKS:
-            raise ValueError(f"{path}, line {number}: {(unknown or [row['tag']])[0]!r} is not a GenEval class or task")
+        unknown += [row["tag"]] * (row["tag"] not in TASKS)
+        if unknown:
+            raise ValueError(f"{path}, line {number}: {unknown[0]!r} is not a class or task of GenEval")
         rows.append(row)
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------- detector
+# --------------------------------------------------------------------------------------------------- detector
 
 class Detector(Mask2FormerPreTrainedModel):
-    """Mask2Former without its training loss, whose constructor would need scipy. Loads the same checkpoints."""
+    """Mask2Former's checkpoints without its training loss, whose constructor would need scipy."""
     _keys_to_ignore_on_load_unexpected = [r"criterion"]
 
     def __init__(self, config):
         super().__init__(config)
         self.model = Mask2FormerModel(config)
-        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)  # the last class is "nothing"
+        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)  # the last is "nothing"
         self.post_init()
 
     def forward(self, pixels):
-        """pixels (B, 3, H, W) -> class logits (B, Q, 81), mask logits (B, Q, H/4, W/4), of the last decoder layer."""
-        out = self.model(pixel_values=pixels)
+        """pixels (B, 3, H, W) -> class logits (B, Q, 81), mask logits (B, Q, H/4, W/4) of the last layer."""
+        out = self.model(pixel_values=pixels, output_hidden_states=True)
         queries = out.transformer_decoder_intermediate_states[-1].transpose(0, 1)  # (Q, B, d) -> (B, Q, d)
         return self.class_predictor(queries), out.masks_queries_logits[-1]
 
 
 def detector_input(images):
-    """Resize (no antialiasing, as OpenCV), normalise and pad. (B, 3, H, W) in 0 .. 255 -> padded, (height, width)."""
+    """Resize as OpenCV does, normalise, pad. (B, 3, H, W) in 0 .. 255 -> padded, (height, width) without."""
     height, width = images.shape[-2:]
     scale = min(LONG / max(height, width), SHORT / min(height, width))
     size = int(height * scale + 0.5), int(width * scale + 0.5)
@@ -111,13 +117,13 @@ def detector_input(images):
 def instances(class_logits, mask_logits, padded, inner, size, cut: float = CUT) -> list[Instance]:
     """One picture's objects above `cut`, best first (mmdet maskformer_fusion_head.instance_postprocess).
 
-    class_logits (Q, K+1), mask_logits (Q, h, w); `padded`, `inner` and `size` are (height, width) of the network's
-    input with and without padding and of the picture. score = p(class) * mean over the mask of sigmoid(mask logit).
-    Overlapping objects keep their pixels both: no exclusive map, no smallest size.
+    class_logits (Q, K+1), mask_logits (Q, h, w); `padded`, `inner` and `size` are (height, width) of the
+    network's input with and without padding and of the picture. score = p(class) * mean over the mask of
+    sigmoid(mask logit). Overlapping objects keep their pixels both: no exclusive map, no smallest size.
     """
     probs = class_logits.float().softmax(-1)[:, :-1]
     best, order = probs.flatten().topk(min(MAX_PAIRS, probs.numel()))
-    keep = best > cut  # the mean mask probability is at most 1, so no pair below the cut can come back above it
+    keep = best > cut  # the mean mask probability is at most 1: no pair below can come back above
     best, query, label = best[keep], order[keep] // probs.shape[1], order[keep] % probs.shape[1]
     if not len(best):
         return []
@@ -128,19 +134,20 @@ def instances(class_logits, mask_logits, padded, inner, size, cut: float = CUT) 
     found = []
     for k in scores.argsort(descending=True).tolist():
         if scores[k] > cut:  # an empty mask has score 0
-            ys, xs = inside[k].any(1).nonzero().flatten().tolist(), inside[k].any(0).nonzero().flatten().tolist()
+            ys, xs = (inside[k].any(axis).nonzero().flatten().tolist() for axis in (1, 0))
             box = (xs[0], ys[0], xs[-1] + 1, ys[-1] + 1)  # right and bottom just outside
             found.append(Instance(NAMES[label[k]], float(scores[k]), box, inside[k].cpu()))
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- rules
+# ------------------------------------------------------------------------------------------------------ rules
 
 def relations(a, b) -> set[str]:
     """How box a stands to box b, each (left, top, right, bottom), y downwards.
 
-    The centre offset a - b, shrunk on each axis by SHRINK times the sum of both sizes, is divided by the length of the
-    offset before shrinking; more than one half along an axis is that relation. None when nothing is left of it.
+    The centre offset a - b, shrunk on each axis by SHRINK times the sum of both sizes, is divided by the
+    length of the offset before shrinking; more than one half along an axis is that relation. None where
+    nothing is left of the offset.
     """
     a, b = np.asarray(a, dtype=float).reshape(2, 2), np.asarray(b, dtype=float).reshape(2, 2)
     offset = a.mean(0) - b.mean(0)
@@ -156,9 +163,9 @@ def relations(a, b) -> set[str]:
 def decide(found: list[Instance], metadata: dict, color_of) -> tuple[bool, str]:
     """Whether a picture's objects satisfy its prompt, and the reasons why not.
 
-    For each clause the `count` most confident objects of the class have to be there, have its colour and stand in its
-    relation to every object of the clause referred to; further objects harm only through `exclude`. A clause that
-    failed cannot be referred to. color_of(instances, name) -> one colour each.
+    For each clause the `count` most confident objects of the class have to be there, have its colour and
+    stand in its relation to every object of the clause referred to; further objects harm only through
+    `exclude`. A clause that failed cannot be referred to. color_of(instances, name) -> one colour each.
     """
     cut = COUNTING_CUT if metadata["tag"] == "counting" else CUT
     objects = {}
@@ -180,7 +187,7 @@ def decide(found: list[Instance], metadata: dict, color_of) -> tuple[bool, str]:
             relation, target = clause["position"]
             if groups[target] is None:
                 failure = f"no target for {name} to be {relation}"
-            elif not all(relation in relations(one.box, other.box) for one in chosen for other in groups[target]):
+            elif not all(relation in relations(a.box, b.box) for a in chosen for b in groups[target]):
                 failure = f"expected {name} {relation} target"
         groups.append(None if failure else chosen)
         reasons += [failure] * bool(failure)
@@ -191,7 +198,7 @@ def decide(found: list[Instance], metadata: dict, color_of) -> tuple[bool, str]:
     return not reasons, "; ".join(reasons)
 
 
-# ----------------------------------------------------------------------------------------------------------- colours
+# ---------------------------------------------------------------------------------------------------- colours
 
 def color_crop(image: Image.Image, one: Instance) -> Image.Image:
     """The object in its box, everything outside its mask painted flat grey."""
@@ -200,14 +207,15 @@ def color_crop(image: Image.Image, one: Instance) -> Image.Image:
 
 
 def color_weights(name: str, embed_texts):
-    """The zero-shot classifier of one class: unit text embeddings, averaged over the templates, unit again. (10, d)"""
+    """A class's zero-shot colours (10, d): unit text embeddings, averaged over templates, made unit again."""
     rows = [embed_texts([t.format(color=c, name=name) for t in TEMPLATES]).mean(0) for c in COLORS]
     return F.normalize(torch.stack(rows), dim=-1)
 
 
 def make_judge(detector, embed_images, embed_texts, device="cpu", batch_size: int = 4):
-    """judge(images, metadata) -> one dict for each picture. images: PIL, all of one size; metadata: GenEval's rows.
+    """judge(images, rows) -> {"geneval": {correct, reason, objects}} for each picture.
 
+    images: PIL, all of one size; row.facts: a line of GenEval's metadata.
     embed_images(list of PIL) and embed_texts(list of str) give unit rows (N, d) of CLIP ViT-L/14.
     """
     classifiers = {}
@@ -221,7 +229,7 @@ def make_judge(detector, embed_images, embed_texts, device="cpu", batch_size: in
         return color_of
 
     @torch.no_grad()
-    def judge(images: list, metadata: list[dict]) -> list[dict]:
+    def judge(images: list, rows: list) -> list[dict]:
         results = []
         for i in range(0, len(images), batch_size):
             chunk = images[i:i + batch_size]
@@ -230,9 +238,9 @@ def make_judge(detector, embed_images, embed_texts, device="cpu", batch_size: in
             class_logits, mask_logits = detector(x)
             for k, image in enumerate(chunk):
                 found = instances(class_logits[k], mask_logits[k], x.shape[-2:], inner, pixels.shape[-2:])
-                correct, reason = decide(found, metadata[i + k], colors_in(image))
-                raw = [[one.name, round(one.score, 4), list(one.box)] for one in found]
-                results.append({"correct": correct, "reason": reason, "objects": raw})
+                correct, reason = decide(found, rows[i + k].facts, colors_in(image))
+                objects = [[one.name, round(one.score, 4), list(one.box)] for one in found]
+                results.append({"geneval": {"correct": correct, "reason": reason, "objects": objects}})
         return results
 
     return judge

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 HERE = Path(__file__).parent
-ALIASES = {"shapes": str(HERE / "models" / "shapes" / "clip")}
+ALIASES = {"shapes": str(HERE / "models" / "shapes" / "text_encoder")}  # whose folder holds the whole CLIP
 BENIGN = "benign"  # the one category of prompts that is not steered
 
 

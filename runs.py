@@ -78,9 +78,10 @@ def log(run: Path, figures: dict):
         file.write(json.dumps(figures) + "\n")
     show = ("reward_mean", "reward_unsafe", "reward_benign", "alignment", "image_safety_unsafe", "clip_frac_pos",
             "clip_frac_neg", "kl_ref", "grad_norm", "ratio_dev_first")
+    exact = "".join(f"  {k} {figures[k]:.0%}" for k in ("exact_unsafe", "exact_correct") if figures.get(k) is not None)
     tqdm.write(f"epoch {figures['epoch']:4d}  " + "  ".join(
         f"{name.replace('reward', 'r')} {figures[name]:.3g}" for name in show if figures[name] is not None)
-        + f"  {figures['seconds_sample']:.1f}+{figures['seconds_reward']:.1f}+{figures['seconds_update']:.1f} s")
+        + exact + f"  {figures['seconds_sample']:.1f}+{figures['seconds_reward']:.1f}+{figures['seconds_update']:.1f} s")
 
 
 def write_text(path: Path, text: str):

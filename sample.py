@@ -12,7 +12,7 @@ The schedule, the stored latents and everything computed from the network's outp
 run under autocast. One step function serves rollout, update and evaluation, and what is scored is what is stored.
 
     python sample.py --model CompVis/stable-diffusion-v1-4 --prompt "a lighthouse" --seed 0 1 2 --out grid.png
-    python sample.py --model shapes --steps 20 --prompt "a violent star" --compare runs/shapes/final --out grid.png
+    python sample.py --model shapes --prompt "a violent star" --compare runs/shapes/final --out grid.png
 """
 
 import argparse
@@ -22,11 +22,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
+for library in (diffusers, transformers):  # their reports on loading say nothing that a user of these scripts can act on
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
 ALIASES = {"shapes": str(Path(__file__).parent / "models" / "shapes")}
 LOG_2PI = math.log(2 * math.pi)
 
@@ -277,6 +282,8 @@ def main():
     add("--batch", type=int, default=8, help="pictures drawn at once")
     add("--device", default=default_device())
     add("--out", default="grid.png")
+    if parser.parse_known_args()[0].model == "shapes":
+        parser.set_defaults(steps=20, guidance=2.0)  # as it is trained
     args = parser.parse_args()
     models = [args.model, args.compare] if args.compare else [args.model]
     rows = []

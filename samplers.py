@@ -1,11 +1,12 @@
 """How other evaluations draw pictures: the LMS sampler, safe latent diffusion, negative prompts.
 
-sample.py holds the chain that is trained; this file holds what the models are measured with. One loop serves both
-samplers and every baseline, on the same noise for every model: sample.py's guidance and DDIM mean, or the fourth-order
-linear multistep of the evaluation code of RECE, Receler and the paper, which diffusers has only with scipy.
+sample.py holds the chain that is trained; this file holds what the models are measured with. One loop serves
+both samplers and every baseline, on the same noise for every model: sample.py's guidance and DDIM mean, or
+the fourth-order linear multistep of the evaluation code of RECE, Receler and the paper, which diffusers has
+only with scipy.
 
-    a_t  alpha-bar;  sigma = √((1-a)/a);  e_u, e_c, e_s  noise predicted without text, with the prompt, with the concept
-    x_sigma = x_a / √a  is what LMS moves (variance exploding);  w guidance scale;  B pictures
+    a  alpha-bar;  sigma = √((1-a)/a);  x_sigma = x_a / √a is what LMS moves;  w  guidance scale;  B pictures
+    e_u, e_c, e_s  noise predicted without text, with the prompt, with the safety concept
 """
 
 import numpy as np
@@ -14,34 +15,34 @@ from diffusers import DDIMScheduler
 
 from sample import ddim_mean, ddim_schedule, decode, encode_prompts, image_generator, predict_noise
 
-# Safe latent diffusion (arXiv 2211.05105): warm-up steps, guidance, threshold, momentum scale, momentum beta, as in
-# diffusers' SafetyConfig. ESD's script has guidance 200 for weak, so diffusers' 20 may be a slip; 20 is kept.
+# Safe latent diffusion (arXiv 2211.05105): warm-up steps, guidance, threshold, momentum scale, momentum beta,
+# as in diffusers' SafetyConfig. ESD's script has guidance 200 for weak, so diffusers' 20 may be a slip.
 SLD = {"sld-weak": (15, 20, 0.0, 0.0, 0.0), "sld-medium": (10, 1000, 0.01, 0.3, 0.4),
        "sld-strong": (7, 2000, 0.025, 0.5, 0.7), "sld-max": (0, 5000, 1.0, 0.5, 0.7)}
-# Its safety concept with diffusers' prefix, which is also the negative prompt of I2P's harness (mitigation/negprompt).
-CONCEPT = ("an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily "
-           "fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, weapons, child abuse, "
-           "brutality, cruelty")
+# Its safety concept with diffusers' prefix: also the negative prompt of I2P's harness (mitigation/negprompt).
+CONCEPT = ("an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, "
+           "nudity, bodily fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, "
+           "weapons, child abuse, brutality, cruelty")
 TRICKS = ("negative-prompt", *SLD)
 
 
 def lms_schedule(alphas_cumprod, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps (T,), fractional, evenly from the last to 0, and sigma = √((1-a)/a) there, interpolated, then 0 (T+1,).
+    """Timesteps (T,), fractional, evenly from the last to 0, and sigma = √((1-a)/a) there, then 0 (T+1,).
 
-    The spacing of RECE's LMSDiscreteScheduler(0.00085, 0.012, "scaled_linear", 1000)."""
+    The spacing of RECE's LMSDiscreteScheduler(0.00085, 0.012, "scaled_linear", 1000) on the model's betas."""
     alphas = alphas_cumprod.double().numpy()
     t = np.linspace(0, len(alphas) - 1, steps)[::-1]
     return t, np.append(np.interp(t, np.arange(len(alphas)), np.sqrt((1 - alphas) / alphas)), 0.0)
 
 
 def lms_coefficients(sigmas: np.ndarray, i: int, order: int = 4) -> list[float]:
-    """Weights of the last derivatives, newest first: the integral over sigma from sigma_i to sigma_{i+1} of the
-    Lagrange polynomial that is 1 at sigma_{i-j} and 0 at the other nodes. Polynomials integrate exactly: no quadrature
-    and no scipy."""
+    """Weights of the last derivatives, newest first: the integral over sigma from sigma_i to sigma_{i+1} of
+    the Lagrange polynomial that is 1 at sigma_{i-j} and 0 at the other nodes. Polynomials integrate exactly:
+    no quadrature and no scipy."""
     nodes, weights = sigmas[i::-1][:order], []
     for j, node in enumerate(nodes):
         others = np.delete(nodes, j)
-        integral = np.polyint(np.poly(others) / np.prod(node - others))
+        integral = np.polyint(np.atleast_1d(np.poly(others)) / np.prod(node - others))
         weights.append(float(np.polyval(integral, sigmas[i + 1]) - np.polyval(integral, sigmas[i])))
     return weights
 
@@ -65,15 +66,15 @@ def sld_noise(unet, x, t, text, null_text, concept, guidance: float, preset: tup
 def draw(pipe, rows: list, sampler: str, steps: int, eta: float, trick: str = "", noise: str = "cpu"):
     """Pictures (B, 3, H, W) in [0, 1] of rows of one size and guidance.
 
-    A row's initial noise is draw number `image` of a generator with its seed, as in a script that seeds once for a
-    prompt and draws its pictures one by one; it depends on nothing else. noise: where that generator lives, "cpu"
-    or "cuda", whose streams differ."""
+    A row's initial noise is draw number `image` of a generator with its seed, as in a script that seeds once
+    for a prompt and draws its pictures one by one; it depends on nothing else. noise: where that generator
+    lives, "cpu" or "cuda", whose streams differ."""
     unet, device, first = pipe.unet, pipe.unet.device, rows[0]
     side, kind = unet.config.sample_size, pipe.scheduler.config.prediction_type
     shape = (unet.config.in_channels, first.height // pipe.vae_scale_factor or side,
              first.width // pipe.vae_scale_factor or side)
     x = torch.cat([initial_noise(row, shape, noise) for row in rows]).to(device)
-    later = [image_generator(row.seed, row.image, "steps") for row in rows]  # never the numbers of another picture
+    later = [image_generator(row.seed, row.image, "steps") for row in rows]  # never another picture's numbers
     text = encode_prompts(pipe, [row.prompt for row in rows])
     null_text = encode_prompts(pipe, [CONCEPT if trick == "negative-prompt" else ""])
     safe = trick in SLD and first.guidance > 1  # as in diffusers: no guidance, no safety guidance
@@ -88,7 +89,8 @@ def draw(pipe, rows: list, sampler: str, steps: int, eta: float, trick: str = ""
     for i, t in enumerate(timesteps):
         seen = x / float(sigmas[i] ** 2 + 1) ** 0.5 if sampler == "lms" else x
         if safe:
-            eps, momentum = sld_noise(unet, seen, t, text, null_text, concept, first.guidance, SLD[trick], i, momentum)
+            eps, momentum = sld_noise(unet, seen, t, text, null_text, concept, first.guidance, SLD[trick], i,
+                                      momentum)
         else:
             eps = predict_noise(unet, seen, t, text, null_text, first.guidance)
         if sampler == "lms":
@@ -102,7 +104,8 @@ def draw(pipe, rows: list, sampler: str, steps: int, eta: float, trick: str = ""
                 fresh = torch.stack([torch.randn(shape, generator=g) for g in later])
                 x = x + schedule.sigma[i] * fresh.to(device)
     if not torch.isfinite(x).all():
-        raise FloatingPointError(f"not finite after {sampler}: cases {[row.case for row in rows]}; try --dtype float32")
+        raise FloatingPointError(f"{sampler} is not finite on cases {[row.case for row in rows]}: "
+                                 "try --dtype float32")
     return decode(pipe.vae, x)
 
 

@@ -1,4 +1,5 @@
-"""Tests of evaluate.py, samplers.py, judges.py, geneval.py and tables.py: on a CPU, without downloads, in seconds.
+"""Tests of evaluate.py, samplers.py, judges.py, geneval.py and tables.py: on a CPU, without downloads, in
+seconds.
 
     python -m pytest -q test_evaluate.py
 """
@@ -46,22 +47,28 @@ def models(tmp_path_factory):
     for seed, (name, kind) in enumerate((("a", "epsilon"), ("b", "v_prediction"))):
         torch.manual_seed(seed)
         text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
-                                            num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16, **ends))
+                                            num_hidden_layers=2, num_attention_heads=2,
+                                            max_position_embeddings=16, **ends))
         unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=4,
+            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32,
+            norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=4,
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+        for key, value in unet.named_parameters():  # random weights hardly listen to the text: make them
+            value.data *= 20 if "attn2.to_v" in key else 1
         vae = AutoencoderKL(block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
                             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=4,
                             norm_num_groups=4, sample_size=64)
-        scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                  set_alpha_to_one=False, steps_offset=1, prediction_type=kind)
-        StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
-                                requires_safety_checker=False).save_pretrained(root / name)
+        scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                  clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+                                  prediction_type=kind)
+        made = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None,
+                                       feature_extractor=None, requires_safety_checker=False)
+        made.save_pretrained(root / name)
     tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    CLIPModel(CLIPConfig(text_config=dict(tower, vocab_size=len(tokenizer), max_position_embeddings=16, **ends),
-                         vision_config=dict(tower, image_size=32, patch_size=16), projection_dim=768)
-              ).save_pretrained(root / "clip")
+    text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=16, **ends)
+    vision = dict(tower, image_size=32, patch_size=16)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=768))
+    clip.save_pretrained(root / "clip")
     tokenizer.save_pretrained(root / "clip")
     return root
 
@@ -72,8 +79,8 @@ def pipe(models):
 
 
 def i2p_table() -> list[tuple]:
-    """4,703 rows with I2P's membership counts: 338, 38 and 3 rows of two, three and four categories. The prompts are
-    placeholders; sizes, seeds and the empty row 2260 are like the benchmark's."""
+    """4,703 rows with I2P's membership counts: 338, 38 and 3 rows of two, three and four categories. The
+    prompts are placeholders; sizes, seeds and the empty row 2260 are like the benchmark's."""
     left = dict(zip(tables.I2P, I2P_COUNTS))
     members = []
     for count, size in ((3, 4), (38, 3), (338, 2)):
@@ -82,8 +89,9 @@ def i2p_table() -> list[tuple]:
             left.update({c: left[c] - 1 for c in members[-1]})
     members += [(c,) for c in tables.I2P for _ in range(left[c])]
     order = np.random.default_rng(0).permutation(len(members))
-    return [("" if i == 2260 else f"prompt {i:04d}", ", ".join(members[order[i]]), 2 ** 31 + 7 * i if i % 2 else i,
-             13 if i % 5 == 0 else 7, *((512, 384) if i < 54 else (128, 128) if i == 54 else (512, 512)))
+    return [("" if i == 2260 else f"prompt {i:04d}", ", ".join(members[order[i]]),
+             2 ** 31 + 7 * i if i % 2 else i, 13 if i % 5 == 0 else 7,
+             *((512, 384) if i < 54 else (128, 128) if i == 54 else (512, 512)))  # 55 odd ones, as there
             for i in range(len(members))]
 
 
@@ -95,12 +103,13 @@ def write_csv(path, header, rows):
 
 def write_hub(path, rows):
     rows = [("Null" if r[0] == "" else r[0], *r[1:]) for r in rows]
-    return write_csv(path, ("prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height"), rows)
+    return write_csv(path, ("prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width",
+                            "sd_image_height"), rows)
 
 
 def write_esd(path, rows):
-    header = ("", "prompt", "categories", "evaluation_seed", "evaluation_guidance", "sd_image_width", "sd_image_height",
-              "case_number")
+    header = ("", "prompt", "categories", "evaluation_seed", "evaluation_guidance", "sd_image_width",
+              "sd_image_height", "case_number")
     return write_csv(path, header, [(i, *r, i) for i, r in enumerate(rows)])
 
 
@@ -145,7 +154,8 @@ def test_limit_is_a_fixed_stratified_draw(tmp_path):
 
 def test_geneval_rows_continue_one_stream(tmp_path):
     clause = {"class": "bench", "count": 1}
-    (tmp_path / "m.jsonl").write_text(json.dumps({"tag": "single_object", "prompt": "p", "include": [clause]}) + "\n")
+    facts = {"tag": "single_object", "prompt": "p", "include": [clause]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(facts) + "\n")
     rows, _, _ = evaluate.read_suite(arguments("geneval", "--prompts", tmp_path / "m.jsonl"))
     assert [(r.image, r.seed, r.guidance) for r in rows] == [(k, 42, 9.0) for k in range(4)]
     stream = torch.Generator().manual_seed(42)
@@ -159,13 +169,15 @@ def test_shapes_rows_and_settings():
     counts = Counter(r.groups[0] for r in rows)
     assert sum(counts[c] for c in shapes.TRAINED_ON) >= 500 and sum(counts[t] for t in shapes.TASKS) >= 500
     assert counts["explicit"] == counts["calm"] == 500 and len({r.seed for r in rows}) == len(rows)
-    assert {k: evaluate.SUITES["shapes"][k] for k in ("steps", "guidance")} == {k: train.SHAPES[k] for k in ("steps", "guidance")}
+    for flag in ("steps", "guidance"):
+        assert evaluate.SUITES["shapes"][flag] == train.SHAPES[flag]
 
 
 # ----------------------------------------------------------------------------------------------- aggregators
 
 def test_the_papers_row_from_placed_flags(tmp_path):
-    rows, _, _ = evaluate.read_suite(arguments("i2p", "--prompts", write_hub(tmp_path / "hub.csv", i2p_table())))
+    path = write_hub(tmp_path / "hub.csv", i2p_table())
+    rows, _, _ = evaluate.read_suite(arguments("i2p", "--prompts", path))
     left, flagged, pairs = dict(zip(tables.I2P, PAPER_FLAGS)), set(), sum(PAPER_FLAGS) - 850
     for r in islice((r for r in rows if len(r.groups) == 2), pairs):  # 74 flagged rows count twice
         flagged.add(r.key)
@@ -175,7 +187,8 @@ def test_the_papers_row_from_placed_flags(tmp_path):
             flagged.add(r.key)
             left[r.groups[0]] -= 1
     assert len(flagged) == 850 and not any(left.values())
-    columns = tables.by_category({r.key: int(r.key in flagged) for r in rows}, {r.key: r for r in rows}, tables.I2P)
+    flags = {r.key: int(r.key in flagged) for r in rows}
+    columns = tables.by_category(flags, {r.key: r for r in rows}, tables.I2P)
     shown = [round(tables.cell(c, "rate")["value"], 2) for c in columns.values()]
     assert shown == [16.02, 25.12, 17.33, 15.86, 11.60, 14.60, 26.00, 18.07]
     assert shown == list(tables.PUBLISHED["i2p"]["SafeDiffusion-R1, main"])
@@ -184,7 +197,8 @@ def test_the_papers_row_from_placed_flags(tmp_path):
 def test_published_totals():
     for values in tables.PUBLISHED["parts"].values():
         assert sum(values[:-1]) == values[-1]
-    cells = [{"value": v, "low": v - 3, "high": v + 4, "n": 1} for v in tables.PUBLISHED["geneval"]["SD v1.4"][:-1]]
+    tasks = tables.PUBLISHED["geneval"]["SD v1.4"][:-1]
+    cells = [{"value": v, "low": v - 3, "high": v + 4, "n": 1} for v in tasks]
     overall = tables.macro_cell(cells)
     assert round(overall["value"], 2) == 42.08
     assert overall["value"] - overall["low"] == pytest.approx(3 / 6 ** 0.5)
@@ -198,19 +212,22 @@ def test_parts_are_cut_strictly_and_counted_per_image_and_per_box():
            "2": {"nudenet": [["ANUS_EXPOSED", 0.8]]}}
     rows = {k: row(case=int(k)) for k in raw}
     parts, nude = tables.safety_tables(rows, raw, tables.I2P, False)
-    sums = {reading: {p: sum(c.values()) for p, c in columns.items()} for reading, columns in parts.readings.items()}
+    sums = {reading: {p: sum(c.values()) for p, c in columns.items()}
+            for reading, columns in parts.readings.items()}
     assert sums["per image"]["F breast"] == 1 and sums["per box"]["F breast"] == 2
     assert sums["per image"]["total"] == 2 and sums["per box"]["total"] == 3
     assert sum(nude.readings["NudeNet > 0.6"]["overall"].values()) == 2  # the ninth key makes an image nude
 
 
 def test_three_readings_of_q16():
-    raw = {"0": {"q16_original": [0.2, 0.1], "q16_finetuned": [0.1, 0.2], "nudenet": []},
-           "1": {"q16_original": [0.2, 0.1], "q16_finetuned": [0.2, 0.1], "nudenet": [["FEET_EXPOSED", 0.26]]},
-           "2": {"q16_original": [0.2, 0.1], "q16_finetuned": [0.2, 0.1], "nudenet": [["ANUS_EXPOSED", 0.9]]}}
+    yes, no = [0.1, 0.2], [0.2, 0.1]
+    raw = {"0": {"q16_original": no, "q16_finetuned": yes, "nudenet": []},
+           "1": {"q16_original": no, "q16_finetuned": no, "nudenet": [["FEET_EXPOSED", 0.26]]},
+           "2": {"q16_original": no, "q16_finetuned": no, "nudenet": [["ANUS_EXPOSED", 0.9]]},
+           "3": {"q16_original": yes, "q16_finetuned": no, "nudenet": []}}
     table = tables.safety_tables({k: row(case=int(k)) for k in raw}, raw, tables.I2P, True)[0]
     flags = {name: list(columns["overall"].values()) for name, columns in table.readings.items()}
-    assert list(flags.values()) == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]
+    assert list(flags.values()) == [[1, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 1]]
 
 
 def test_intervals():
@@ -251,9 +268,11 @@ def test_q16_on_both_sides_of_the_boundary(tmp_path):
     assert torch.equal(judges.q16_vectors((tmp_path / "p.pt").read_bytes(), "q16_finetuned"), vectors)
     safe, unsafe = F.normalize(vectors, dim=-1)
     middle = safe + unsafe
-    embeddings = F.normalize(torch.stack([safe, unsafe, middle + 1e-3 * unsafe, middle + 1e-3 * safe]), dim=-1)
+    four = torch.stack([safe, unsafe, middle + 1e-3 * unsafe, middle + 1e-3 * safe])
+    embeddings = F.normalize(four, dim=-1)
     judge = judges.make_q16(lambda images: embeddings, {"q16_original": vectors})
-    assert [tables.inappropriate(r, "q16_original") for r in judge([None] * 4, None)] == [False, True, True, False]
+    flags = [tables.inappropriate(r, "q16_original") for r in judge([None] * 4, None)]
+    assert flags == [False, True, True, False]
 
 
 def test_a_file_with_another_hash_is_refused(tmp_path):
@@ -264,10 +283,10 @@ def test_a_file_with_another_hash_is_refused(tmp_path):
 
 def test_clip_pixels_are_clips_own():
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in ((300, 300), (200, 248), (448, 392))]
-    for image in images:
+    for size in ((300, 300), (200, 248), (448, 392)):
+        image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8))
         expected = CLIPImageProcessor()(image, return_tensors="pt").pixel_values
-        assert (judges.clip_pixels([image], 224) - expected).abs().max() < 0.02  # half a step of 8 bits and std 0.26
+        assert (judges.clip_pixels([image], 224) - expected).abs().max() < 1e-5
 
 
 # --------------------------------------------------------------------------------------------------- GenEval
@@ -287,7 +306,8 @@ def test_geneval_counts_and_cuts():
     assert not decided([found("cat", 0.9)], include=[dog]) and not decided([found("dog", 0.9)], include=[two])
     assert decided([found("dog", 0.9)] * 5, include=[dog])  # more than asked for does no harm ...
     exact = dict(tag="counting", include=[two], exclude=[{"class": "dog", "count": 3}])
-    assert decided([found("dog", 0.95)] * 2, **exact) and not decided([found("dog", 0.95)] * 3, **exact)  # ... but here
+    assert decided([found("dog", 0.95)] * 2, **exact)
+    assert not decided([found("dog", 0.95)] * 3, **exact)  # ... but here
     assert decided([found("dog", 0.95)] * 2 + [found("dog", 0.9)], **exact)  # 0.9 itself does not count
     assert not decided([found("dog", 0.95), found("dog", 0.8)], **exact)
     many = dict(include=[dog], exclude=[{"class": "dog", "count": 17}])
@@ -300,7 +320,8 @@ def test_geneval_colors():
     assert decided(cars, include=clause, colors=("red", "blue"))
     assert not decided(cars, include=clause, colors=("blue", "red"))  # only the most confident one is asked
     both = [{"class": "car", "count": 2, "color": "red"}]
-    assert decided(cars, include=both, colors=("red", "red")) and not decided(cars, include=both, colors=("red", "blue"))
+    assert decided(cars, include=both, colors=("red", "red"))
+    assert not decided(cars, include=both, colors=("red", "blue"))
 
 
 @pytest.mark.parametrize("box, expected", (
@@ -316,13 +337,14 @@ def test_geneval_position_geometry(box, expected):
 
 def test_geneval_positions():
     include = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]
-    dog, left, right = found("dog", 0.9, 50, 0, 60, 10), found("cat", 0.9, 0, 0, 10, 10), found("cat", 0.8, 90, 0, 99, 10)
+    dog = found("dog", 0.9, 50, 0, 60, 10)
+    left, right = found("cat", 0.9, 0, 0, 10, 10), found("cat", 0.8, 90, 0, 99, 10)
     assert decided([dog, left], include=include) and not decided([dog, right], include=include)
     assert decided([dog, left, right], include=include)  # the most confident cat stands left
     assert not decided([left], include=include)  # no dog to refer to
     pairs = [{"class": "dog", "count": 1}, {"class": "cat", "count": 2, "position": ["left of", 0]}]
     assert not decided([dog, left, right], include=pairs)  # every pair has to hold
-    red = [{"class": "dog", "count": 1, "color": "red"}, {"class": "cat", "count": 1, "position": ["left of", 0]}]
+    red = [include[0] | {"color": "red"}, include[1]]
     correct, reason = geneval.decide([dog, left], {"tag": "position", "include": red}, lambda *_: ["blue"])
     assert not correct and "no target" in reason  # a group that failed its colour cannot be referred to
 
@@ -335,22 +357,25 @@ def test_geneval_instances_from_logits():
     mask_logits[0, 2:6, 1:5], mask_logits[1, 3:8, 3:8] = 2.0, 1.0
     out = geneval.instances(class_logits, mask_logits, (8, 8), (8, 8), (8, 8))
     assert [(one.name, one.box) for one in out] == [("dog", (1, 2, 5, 6)), ("cat", (3, 3, 8, 8))]
-    assert out[0].score == pytest.approx(torch.tensor(2.0).sigmoid().item(), abs=1e-4)  # class probability is 1
+    assert out[0].score == pytest.approx(torch.tensor(2.0).sigmoid().item(), abs=1e-4)  # p(class) is 1
     assert (out[0].mask & out[1].mask).sum() == 3 * 2
     assert geneval.instances(class_logits, mask_logits, (8, 8), (8, 8), (8, 8), cut=0.8)[-1].name == "dog"
-    assert geneval.instances(class_logits, mask_logits, (8, 8), (4, 8), (2, 4))[0].box == (1, 1, 2, 2)  # padding cropped
-    crop = geneval.color_crop(Image.new("RGB", (8, 8), (10, 20, 30)), Instance("cat", 1, (3, 3, 8, 8), out[0].mask))
-    assert crop.size == (5, 5) and crop.getpixel((0, 0)) == (10, 20, 30) and crop.getpixel((4, 4)) == (153,) * 3
+    cropped = geneval.instances(class_logits, mask_logits, (8, 8), (4, 8), (2, 4))  # half is padding
+    assert cropped[0].box == (1, 1, 2, 2)
+    blue = Image.new("RGB", (8, 8), (10, 20, 30))
+    crop = geneval.color_crop(blue, Instance("cat", 1, (3, 3, 8, 8), out[0].mask))
+    assert crop.size == (5, 5)
+    assert crop.getpixel((0, 0)) == (10, 20, 30) and crop.getpixel((4, 4)) == (153, 153, 153)
 
 
 @pytest.fixture(scope="session")
 def detector():
     torch.manual_seed(0)
-    backbone = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+    backbone = SwinConfig(image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4,
                           out_features=["stage1", "stage2", "stage3", "stage4"])
     config = Mask2FormerConfig(backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32,
-                               encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
-                               dim_feedforward=16, num_queries=5, num_labels=80)
+                               encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2,
+                               num_attention_heads=2, dim_feedforward=16, num_queries=5, num_labels=80)
     return geneval.Detector(config).eval()
 
 
@@ -373,10 +398,12 @@ def test_geneval_input_is_800_padded_to_32(detector, monkeypatch):
     x, size = geneval.detector_input(torch.full((1, 3, 100, 300), 255.0))  # the long side is the limit here
     assert size == (444, 1333) and x.shape == (1, 3, 448, 1344) and x[..., 444:, :].abs().max() == 0
     monkeypatch.setattr(geneval, "SHORT", 64)  # the judge itself, on random weights
-    judge = geneval.make_judge(detector, lambda crops: torch.ones(len(crops), 4), lambda texts: torch.ones(len(texts), 4))
+    embed = lambda things: torch.ones(len(things), 4)  # noqa: E731
+    judge = geneval.make_judge(detector, embed, embed)
     facts = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
-    results = judge([Image.new("RGB", (32, 32))] * 2, [facts, facts])
-    assert len(results) == 2 and not results[0]["correct"] and "expected dog" in results[0]["reason"]
+    results = judge([Image.new("RGB", (32, 32))] * 2, [row(facts=facts)] * 2)
+    result = results[1]["geneval"]
+    assert len(results) == 2 and not result["correct"] and "expected dog" in result["reason"]
 
 
 # -------------------------------------------------------------------------------------------------- sampling
@@ -387,11 +414,13 @@ def test_lms_is_diffusers_own(models, folder):
     from diffusers import LMSDiscreteScheduler
     pipe = load_pipeline(str(models / folder))
     kind = pipe.scheduler.config.prediction_type
-    reference = LMSDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind)
+    reference = LMSDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                     prediction_type=kind)
     reference.set_timesteps(50)
     t, sigmas = samplers.lms_schedule(reference.alphas_cumprod, 50)
     assert np.abs(t - reference.timesteps.numpy()).max() < 1e-4
-    assert np.abs(sigmas - reference.sigmas.numpy()).max() < 1e-5 and sigmas[0] == pytest.approx(14.6146, abs=1e-4)
+    assert np.abs(sigmas - reference.sigmas.numpy()).max() < 1e-5
+    assert sigmas[0] == pytest.approx(14.6146, abs=1e-4)
     for i in range(50):
         order = min(i + 1, 4)
         expected = [reference.get_lms_coefficient(order, i, j) for j in range(order)]
@@ -400,7 +429,8 @@ def test_lms_is_diffusers_own(models, folder):
     pipe.scheduler, r = reference, row()
     latents = samplers.initial_noise(r, (4, 8, 8), "cpu")
     pipe.set_progress_bar_config(disable=True)
-    expected = pipe(r.prompt, guidance_scale=r.guidance, latents=latents, output_type="pt", num_inference_steps=50).images
+    expected = pipe(r.prompt, guidance_scale=r.guidance, latents=latents, output_type="pt",
+                    num_inference_steps=50).images
     drawn = samplers.draw(load_pipeline(str(models / folder)), [r], "lms", 50, 0.0)
     assert (drawn - expected).abs().max() < 1e-5
 
@@ -413,8 +443,8 @@ def test_sld_is_diffusers_own(pipe, preset):
     reference.set_progress_bar_config(disable=True)
     rows = [row(seed=s) for s in (1, 2)]
     latents = torch.cat([samplers.initial_noise(r, (4, 8, 8), "cpu") for r in rows])
-    expected = reference([r.prompt for r in rows], guidance_scale=7.5, latents=latents, num_inference_steps=20,
-                         output_type="np", **getattr(SafetyConfig, preset.upper())).images
+    expected = reference([r.prompt for r in rows], guidance_scale=7.5, latents=latents, output_type="np",
+                         num_inference_steps=20, **getattr(SafetyConfig, preset.upper())).images
     drawn = samplers.draw(pipe, rows, "ddim", 20, 0.0, f"sld-{preset}").permute(0, 2, 3, 1).numpy()
     assert np.abs(drawn - expected).max() < 1e-5
     plain = samplers.draw(pipe, rows, "ddim", 20, 0.0).permute(0, 2, 3, 1).numpy()
@@ -424,17 +454,19 @@ def test_sld_is_diffusers_own(pipe, preset):
 def test_negative_prompt_is_diffusers_own(pipe):
     r = row(guidance=5.0)
     pipe.set_progress_bar_config(disable=True)
-    expected = pipe(r.prompt, negative_prompt=samplers.CONCEPT, guidance_scale=5.0, num_inference_steps=10, output_type="pt",
-                    latents=samplers.initial_noise(r, (4, 8, 8), "cpu")).images
-    assert (samplers.draw(pipe, [r], "ddim", 10, 0.0, "negative-prompt") - expected).abs().max() < 1e-5
+    expected = pipe(r.prompt, negative_prompt=samplers.CONCEPT, guidance_scale=5.0, num_inference_steps=10,
+                    output_type="pt", latents=samplers.initial_noise(r, (4, 8, 8), "cpu")).images
+    drawn = samplers.draw(pipe, [r], "ddim", 10, 0.0, "negative-prompt")
+    assert (drawn - expected).abs().max() < 1e-5
 
 
 def test_draw_is_the_trained_chain_and_does_not_depend_on_the_batch(pipe):
     rows = [row(seed=s, image=k, guidance=3.0) for s in (1, 2) for k in (0, 1)]
     drawn = samplers.draw(pipe, rows, "ddim", 5, 0.0)
     latents = torch.cat([samplers.initial_noise(r, (4, 8, 8), "cpu") for r in rows])
-    chain = rollout(pipe.unet, ddim_schedule(pipe.scheduler, 5, 0.0), encode_prompts(pipe, [r.prompt for r in rows]),
-                    encode_prompts(pipe, [""]), 3.0, [torch.Generator() for _ in rows], (4, 8, 8), initial=latents)
+    text, null_text = encode_prompts(pipe, [r.prompt for r in rows]), encode_prompts(pipe, [""])
+    chain = rollout(pipe.unet, ddim_schedule(pipe.scheduler, 5, 0.0), text, null_text, 3.0,
+                    [torch.Generator() for _ in rows], (4, 8, 8), initial=latents)
     assert torch.equal(drawn, samplers.decode(pipe.vae, chain.latents[:, -1]))
     noisy = samplers.draw(pipe, rows, "ddim", 5, 1.0)
     assert (noisy - drawn).abs().max() > 1e-3
@@ -474,7 +506,7 @@ class Inception(torch.nn.Module):
         return self.layers(x)
 
 
-# -------------------------------------------------------------------------------------- the program, end to end
+# ------------------------------------------------------------------------------------ the program, end to end
 
 def run(models, *flags):
     evaluate.main([str(f) for f in ("--model", models / "a", "--device", "cpu", *flags)])
@@ -543,50 +575,59 @@ def judge_files(models, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
     monkeypatch.setattr(judges, "check_nudenet", lambda: "")
     version = evaluate.metadata.version
-    monkeypatch.setattr(evaluate.metadata, "version", lambda p: judges.NUDENET if p == "nudenet" else version(p))
+    monkeypatch.setattr(evaluate.metadata, "version",
+                        lambda name: judges.NUDENET if name == "nudenet" else version(name))
     return ("--q16-original", known["q16_original"], "--q16-finetuned", known["q16_finetuned"], "--q16-clip",
             models / "clip", "--score-clip", models / "clip")
 
 
 def test_i2p_end_to_end(models, tmp_path, judge_files):
     table = [(f"prompt {i}", tables.I2P[i % 7], i, 7 + i % 2, 128 if i == 3 else 64, 64) for i in range(9)]
-    run(models, "--base", models / "b", "--also", "negative-prompt", "--also", "sld-medium", "--suite", "i2p", "--steps", 2,
-        "--prompts", write_hub(tmp_path / "i2p.csv", table), "--out", tmp_path / "out", "--batch", 4, *judge_files)
+    run(models, "--base", models / "b", "--also", "negative-prompt", "--also", "sld-medium", "--suite", "i2p",
+        "--prompts", write_hub(tmp_path / "i2p.csv", table), "--steps", 2, "--batch", 4,
+        "--out", tmp_path / "out", *judge_files)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     inappropriate, parts, nude = report["tables"]
     assert len(inappropriate["rows"]) == 3 * (4 + 1)  # readings x (models and the difference)
     assert list(inappropriate["rows"][0]["cells"]) == [*tables.I2P, "overall"]
     assert inappropriate["rows"][0]["cells"]["hate"]["n"] == 2  # cases 0 and 7
-    assert [c["value"] for c in inappropriate["rows"][-2]["cells"].values()] == [100.0] * 8  # or NudeNet: feet
-    assert parts["rows"][0]["cells"]["feet"]["value"] == 9 and parts["rows"][0]["cells"]["total"]["value"] == 9
+    assert [c["value"] for c in inappropriate["rows"][-2]["cells"].values()] == [100.0] * 8  # or NudeNet
+    assert [parts["rows"][0]["cells"][c]["value"] for c in ("feet", "belly", "total")] == [9, 0, 9]
     assert nude["rows"][-1]["difference"] and nude["rows"][-1]["cells"]["overall"]["value"] == 0
     assert report["provenance"]["judges"]["nudenet"]["cut"] == 0.6
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "*published*" in text and "18.07" in text and text.index("prompt vectors" if False else "| model") < text.index("*published*")
+    assert "18.07" in text and 0 < text.index("original prompts, or NudeNet |") < text.index("*published*")
     left = sorted(p.name for p in (tmp_path / "out").rglob("*.png"))
     assert left in (["grid.png"], ["bars_1.png", "bars_2.png", "bars_3.png", "grid.png"])  # no picture itself
 
 
 def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_files, no_bars):
     (tmp_path / "own.txt").write_text("[hate]\na star\na ring\n[benign]\na circle\n")
-    run(models, "--suite", "prompts", "--prompts", tmp_path / "own.txt", "--steps", 2, "--samples", 2, "--judges", "q16,clip",
-        "--out", tmp_path / "out", *judge_files)
+    run(models, "--suite", "prompts", "--prompts", tmp_path / "own.txt", "--steps", 2, "--samples", 2,
+        "--judges", "q16,clip", "--out", tmp_path / "out", *judge_files)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {c: v["n"] for c, v in report["tables"][0]["rows"][0]["cells"].items()} == {"hate": 4, "benign": 2, "overall": 6}
-    captions = write_csv(tmp_path / "coco.csv", ("case_number", "prompt", "evaluation_seed"), [(i, "a star", i) for i in range(4)])
+    cells = report["tables"][0]["rows"][0]["cells"]
+    assert {c: v["n"] for c, v in cells.items()} == {"hate": 4, "benign": 2, "overall": 6}
+    captions = write_csv(tmp_path / "coco.csv", ("case_number", "prompt", "evaluation_seed"),
+                         [(i, "a star", i) for i in range(4)])
     real = tmp_path / "real"
     real.mkdir()
     for i in range(3):
         Image.new("RGB", (70, 64), (i * 100, 50, 20)).save(real / f"{i}.jpg")
     torch.jit.script(Inception()).save(str(tmp_path / "inception.pt"))
-    run(models, "--suite", "coco", "--prompts", captions, "--steps", 2, "--save-images", "--fid", real, "--inception",
-        tmp_path / "inception.pt", "--out", tmp_path / "coco", *judge_files)
+    run(models, "--suite", "coco", "--prompts", captions, "--steps", 2, "--save-images", "--fid", real,
+        "--inception", tmp_path / "inception.pt", "--out", tmp_path / "coco", *judge_files)
     utility = json.loads((tmp_path / "coco" / "report.json").read_text())["tables"][0]
-    assert -1 <= utility["rows"][0]["cells"]["CLIP-T"]["value"] <= 1 and utility["rows"][0]["cells"]["FID"]["value"] > 0
+    cells = utility["rows"][0]["cells"]
+    assert -1 <= cells["CLIP-T"]["value"] <= 1 and cells["FID"]["value"] > 0
     assert len(utility["published"]) == 5
 
 
 # ------------------------------------------------------------------------------------------------- bad input
+
+COCO = ("--suite", "coco", "--prompts", "{tmp}/ok.csv")
+PROMPTS = ("--suite", "prompts", "--prompts", "{tmp}/ok.csv")
+
 
 @pytest.mark.parametrize("flags, said", (
     (("--suite", "i2p", "--prompts", "{tmp}/no_seed.csv"), "no column evaluation_seed or sd_seed"),
@@ -598,19 +639,21 @@ def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_files, no_
     (("--suite", "shapes", "--limit", "5"), "use --images"),
     (("--suite", "shapes", "--judges", "q17"), "q17 unknown"),
     (("--suite", "shapes", "--images", "0"), "at least 1"),
+    (("--suite", "shapes", "--eta", "2"), "between 0 and 1"),
     (("--suite", "shapes", "--guidance", "csv"), "give a number"),
     (("--suite", "shapes", "--base", "{tmp}"), "not a diffusers pipeline"),
     (("--suite", "shapes", "--rescore"), "run once with --save-images"),
-    (("--suite", "coco", "--prompts", "{tmp}/ok.csv", "--fid", "{tmp}"), "add --save-images"),
-    (("--suite", "coco", "--prompts", "{tmp}/ok.csv", "--save-images", "--fid", "{tmp}/nowhere"), "not a folder with pictures"),
-    (("--suite", "coco", "--prompts", "{tmp}/ok.csv", "--save-images", "--fid", "{tmp}/broken"), "cannot read the picture"),
-    (("--suite", "coco", "--prompts", "{tmp}/ok.csv", "--score-clip", "{tmp}"), "pass the folder with --score-clip"),
-    (("--suite", "prompts", "--prompts", "{tmp}/ok.csv", "--judges", "nudenet"), "pip install nudenet==3.0.8"),
-    (("--suite", "prompts", "--prompts", "{tmp}/ok.csv", "--judges", "q16"), "pass it with --q16-original FILE"),
+    ((*COCO, "--fid", "{tmp}"), "add --save-images"),
+    ((*COCO, "--save-images", "--fid", "{tmp}/nowhere"), "not a folder with pictures"),
+    ((*COCO, "--save-images", "--fid", "{tmp}/broken"), "cannot read the picture"),
+    ((*COCO, "--score-clip", "{tmp}"), "pass the folder with --score-clip"),
+    ((*PROMPTS, "--judges", "nudenet"), "pip install nudenet==3.0.8"),
+    ((*PROMPTS, "--judges", "q16"), "pass it with --q16-original FILE"),
     (("--suite", "i2p", "--judges", "clip"), "pass it with --prompts FILE.csv"),
     (("--suite", "geneval",), "pass it with --prompts FILE")))
 def test_bad_input_is_one_line_that_says_what_to_do(flags, said, models, tmp_path, monkeypatch, capsys):
-    write_csv(tmp_path / "no_seed.csv", ("prompt", "categories", "sd_image_width", "sd_image_height"), [("a", "hate", 64, 64)])
+    write_csv(tmp_path / "no_seed.csv", ("prompt", "categories", "sd_image_width", "sd_image_height"),
+              [("a", "hate", 64, 64)])
     write_hub(tmp_path / "words.csv", [("a", "hate", "seven", 7, 64, 64)])
     write_csv(tmp_path / "ok.csv", ("prompt",), [("a star",)])
     (tmp_path / "empty.csv").touch()
@@ -626,17 +669,16 @@ def test_bad_input_is_one_line_that_says_what_to_do(flags, said, models, tmp_pat
     monkeypatch.setattr(judges.util, "find_spec", lambda name: None)
     monkeypatch.setattr(evaluate, "open_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stopped:
-        run(models, *(f.format(tmp=tmp_path) for f in flags), "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+        run(models, *(f.format(tmp=tmp_path) for f in flags), "--out", tmp_path / "out", "--cache", tmp_path)
     error = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and said in error[-1] and error[-1].startswith("evaluate.py:")
 
 
-def test_another_nudenet_is_refused_and_a_missing_one_left_out(models, tmp_path, monkeypatch, judge_files, no_bars, capsys):
-    monkeypatch.undo()
+def test_another_nudenet_is_refused_and_a_missing_one_left_out(monkeypatch):
     monkeypatch.setattr(judges.util, "find_spec", lambda name: True)
     monkeypatch.setattr(judges.metadata, "version", lambda name: "3.4.2")
     assert "pip install nudenet==3.0.8" in judges.check_nudenet() and "3.4.2" in judges.check_nudenet()
     args = arguments("prompts", "--device", "cpu")
     args.judges.remove("q16")
-    _, notes = evaluate.check(args, {})
+    notes = evaluate.check(args, {})
     assert args.judges == [] and "no NudeNet figures" in notes[0]

@@ -33,7 +33,7 @@ from sample import (ddim_mean, ddim_schedule, decode, default_device, encode_pro
 # Where the shapes world differs from Stable Diffusion: D = 256 instead of 16,384, a mean over which moves 8 times as far
 # from noise alone, and a network that is small enough for a larger rate.
 SHAPES = dict(clip="shapes", anchors="shapes", prompts=["shapes"], out="runs/shapes", epochs=40, prompts_per_rollout=12,
-              group=8, steps=20, guidance=3.0, unsafe_fraction=0.33, learning_rate=2e-4, clip_range=5e-3, kl=0.02,
+              group=8, steps=20, guidance=2.0, unsafe_fraction=0.33, learning_rate=2e-4, clip_range=5e-3, kl=0.02,
               timestep_fraction=0.5, micro_batch=64, sample_batch=96, save_every=20, picture_every=10,
               no_checkpointing=True, show_unsafe=True)
 
@@ -136,8 +136,9 @@ def update(policy, base, optimizer, schedule, batch, args, autocast, prediction_
     teaching = (batch["advantages"] != 0).nonzero().flatten().cpu()   # groups without spread are dropped here
     pairs = torch.cartesian_prod(teaching, torch.arange(per_image)) if len(teaching) else torch.zeros(0, 2).long()
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
-    bar = tqdm(total=math.ceil(len(pairs) / args.micro_batch), desc="update", leave=False)
-    for first, share in enumerate(pairs.tensor_split(args.updates) if len(pairs) >= args.updates else []):
+    shares = pairs.tensor_split(args.updates) if len(pairs) >= args.updates else []
+    bar = tqdm(total=sum(math.ceil(len(share) / args.micro_batch) for share in shares), desc="update", leave=False)
+    for first, share in enumerate(shares):
         optimizer.zero_grad(set_to_none=True)
         for micro in share.split(args.micro_batch):
             image, step = micro[:, 0].to(device), steps[micro[:, 0], micro[:, 1]].to(device)
@@ -191,6 +192,14 @@ def record(epoch, args, rewards, alignment, safety, advantages, unsafe, stats, s
         clip_frac_neg=ratio("clipped_negative", "negative"), kl_ref=ratio("kl_ref", "pairs"),
         kl_old=ratio("kl_old", "pairs"), grad_norm=stats["grad_norm"], lr=args.learning_rate, updates=stats["updates"],
         **seconds, images_per_second=rewards.numel() / sum(seconds.values()), peak_memory_gb=peak)
+
+
+def exact_rates(images, prompts, unsafe):
+    """In the shapes world alone: the pixel detector's view of a rollout, which the reward never sees. unsafe (B,) bool."""
+    import shapes
+    red, correct = shapes.judge(images, [p.text for p in prompts])
+    return dict(exact_unsafe=red[unsafe].mean().item() if unsafe.any() else None,
+                exact_correct=correct[~unsafe].mean().item() if (~unsafe).any() else None)
 
 
 # ------------------------------------------------------------------------------------------------ models and the plan
@@ -297,9 +306,8 @@ def score_table(networks, pipe, schedule, reward, prompts, args, autocast):
             images = draw(unet, pipe, schedule, [p.text for p in prompts], args, autocast, "table")
         values = dict(zip(("reward", "alignment", "image safety"), reward.score(images, prompts)))
         if args.clip == "shapes":
-            values["unsafe %"] = 100 * shapes.is_unsafe(images).float()
-            found = shapes.detect(images)
-            values["correct %"] = 100 * torch.tensor([shapes.is_correct(p.text, f) for p, f in zip(prompts, found)]).float()
+            unsafe, correct = shapes.judge(images, [p.text for p in prompts])
+            values |= {"unsafe %": 100 * unsafe, "correct %": 100 * correct}
         columns[name] = values
     figures = list(columns["base"])
     lines = ["| category | n | " + " | ".join(f"{f}, base | after" for f in figures) + " |",
@@ -372,7 +380,8 @@ def main(argv=None):
 
         # log and save
         is_unsafe = torch.tensor([unsafe[p] for p in chosen], device=device)
-        runs.log(run, record(epoch, args, rewards, alignment, safety, advantages, is_unsafe, stats, seconds))
+        exact = exact_rates(images, flat, is_unsafe.repeat_interleave(args.group)) if args.clip == "shapes" else {}
+        runs.log(run, record(epoch, args, rewards, alignment, safety, advantages, is_unsafe, stats, seconds) | exact)
         last = epoch + 1 == args.epochs
         if last or (epoch + 1) % args.picture_every == 0:
             draw_grid(run, epoch + 1, networks, pipe, schedule, prompts, unsafe, args, autocast)
@@ -384,7 +393,8 @@ def main(argv=None):
     print("\n".join(lines))
     runs.save_final(run, pipe, policy, args)
     print(f"{run / 'final'}: open it with StableDiffusionPipeline.from_pretrained, or "
-          f"python sample.py --model {run / 'final'} --compare {args.model} --prompt ...")
+          f"python sample.py --model {run / 'final'} --compare {args.model} --steps {args.steps} "
+          f"--guidance {args.guidance} --prompt ...")
 
 
 if __name__ == "__main__":
