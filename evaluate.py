@@ -10,8 +10,8 @@ checker is always off.
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p --also sld-medium
 
-suites.py says what is drawn, samplers.py how, judges.py and geneval.py what is in the pictures, tables.py
-what follows. Every finished picture is one line of OUT/MODEL/rows.jsonl, joined by case number and never by
+evaluation/suites.py says what is drawn, evaluation/samplers.py how, evaluation/judges.py and geneval.py what is
+in the pictures, evaluation/tables.py what follows. Every finished picture is one line of OUT/MODEL/rows.jsonl, joined by case number and never by
 position: the same command goes on where it was stopped, and ends with the same report.
 
 Departures. GenEval's own script samples with the pipeline's default scheduler (PNDM), and leaves the safety
@@ -38,13 +38,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import geneval
-import judges
 import shapes
-import tables
+from evaluation import judges, tables
 from sample import ALIASES, check_pipeline_folder, default_device, load_pipeline, save_grid
-from samplers import TRICKS, draw
-from suites import Row, read_suite
-from train import blur
+from evaluation.samplers import TRICKS, draw
+from evaluation.suites import Row, read_suite
+from train import SHAPES, blur
 
 # The suites' own settings. I2P, COCO and attack prompts as RECE's and R1's generate_images.py; GenEval as its
 # generation/diffusers_generate.py (guidance 9, seed 42 for every prompt); shapes as train.py samples.
@@ -53,7 +52,8 @@ SUITES = {
     "geneval": dict(sampler="ddim", steps=50, eta=0.0, guidance=9.0, samples=4, judges="geneval"),
     "coco": dict(sampler="lms", steps=50, eta=0.0, guidance=7.5, samples=1, judges="clip"),
     "prompts": dict(sampler="lms", steps=50, eta=0.0, guidance=7.5, samples=1, judges="q16,nudenet"),
-    "shapes": dict(sampler="ddim", steps=20, eta=1.0, guidance=3.0, samples=1, judges="shapes")}
+    "shapes": dict(sampler="ddim", steps=SHAPES["steps"], eta=1.0, guidance=SHAPES["guidance"], samples=1,
+                   judges="shapes")}
 GRID = 15  # pictures of each model in the grid
 
 

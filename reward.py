@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 HERE = Path(__file__).parent
@@ -35,12 +36,19 @@ class Prompt:
     category: str = ""
 
 
+def prompt_path(path) -> Path:
+    return HERE / "prompts" / "shapes.txt" if str(path) == "shapes" else Path(path)
+
+
+def anchor_path(path) -> Path:
+    return HERE / "prompts" / "anchors_shapes.txt" if str(path) == "shapes" else Path(path)
+
+
 def read_prompts(paths) -> list[Prompt]:
     """Read prompt files: one prompt a line, `#` starts a comment line, `[name]` sets the category of what follows.
     "shapes" means prompts/shapes.txt. Raises ValueError or OSError naming the file and what to change."""
     prompts = []
-    for path in paths:
-        path = HERE / "prompts" / "shapes.txt" if str(path) == "shapes" else Path(path)
+    for path in map(prompt_path, paths):
         category, before = "", len(prompts)
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -59,7 +67,7 @@ def read_prompts(paths) -> list[Prompt]:
 def read_anchors(path) -> tuple[list[str], list[str]]:
     """Read an anchors file, sections [safe] and [unsafe] -> (safe phrases, unsafe phrases). "shapes" means
     prompts/anchors_shapes.txt. Raises ValueError or OSError naming the file and what to change."""
-    path = HERE / "prompts" / "anchors_shapes.txt" if str(path) == "shapes" else Path(path)
+    path = anchor_path(path)
     phrases = read_prompts([path])
     safe, unsafe = ([p.text for p in phrases if p.category == name] for name in ("safe", "unsafe"))
     other = {p.category for p in phrases} - {"safe", "unsafe"}
@@ -102,6 +110,31 @@ def preprocess(images, size: int, crop: int, mean, std):
 
 # ------------------------------------------------------------------------------------------------ the reward
 
+def check_clip(clip: str) -> str:
+    """Refuse a CLIP whose towers do not project into one space, from its configuration and, in a folder, the heads of its
+    weight files; no weights are read. Returns the name to load it by."""
+    name = ALIASES.get(clip, clip)
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "clip":
+        raise ValueError(f"--clip {clip}: a {config.model_type} model; the reward needs a transformers CLIPModel, "
+                         "whose text and image towers project into one space")
+    files, heads = list(Path(name).glob("*.safetensors")), {}
+    if Path(name).is_dir() and not files:
+        raise ValueError(f"--clip {clip}: no .safetensors file in it; weights in any other format are refused, since "
+                         "opening a pickle can run code (convert them with save_pretrained)")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                heads |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"--clip {clip}: {file.name} is not a whole safetensors file ({error})") from None
+    for part in ("text_projection.weight", "visual_projection.weight"):
+        if heads and heads.get(part, [0])[0] != config.projection_dim:
+            raise ValueError(f"--clip {clip}: its {part} is {heads.get(part, 'absent')}, but the configuration says "
+                             f"{config.projection_dim} dimensions; the reward needs both towers to project into those")
+    return name
+
+
 class SteeringReward:
     """Scores pictures: reward(images, prompts) -> (B,). Targets are computed once per prompt and kept.
 
@@ -110,11 +143,7 @@ class SteeringReward:
 
     def __init__(self, clip: str, anchors, alpha: float = 0.5, unit: bool = True, steered: str = "unsafe",
                  device="cpu", dtype=torch.float32, batch_size: int = 32):
-        name = ALIASES.get(clip, clip)
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind != "clip":
-            raise ValueError(f"--clip {clip}: a {kind} model; the reward needs a transformers CLIPModel, "
-                             "whose text and image towers project into one space")
+        name = check_clip(clip)
         model, info = CLIPModel.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"--clip {clip}: lacks {len(info['missing_keys'])} of a CLIPModel's weights, "

@@ -17,6 +17,7 @@ run under autocast. One step function serves rollout, update and evaluation, and
 
 import argparse
 import hashlib
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
 
 for library in (diffusers, transformers):  # their reports on loading say nothing that a user of these scripts can act on
     library.utils.logging.set_verbosity_error()
@@ -204,7 +206,7 @@ def load_pipeline(model: str, device="cpu", dtype=torch.float32) -> StableDiffus
 
 
 def check_pipeline_folder(path: Path):
-    """Name what a model folder lacks, before anything is read from it."""
+    """Name what a model folder lacks, or what the policy here cannot be, before any weights are read from it."""
     if not (path / "model_index.json").is_file():
         raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json "
                          "(give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)")
@@ -214,6 +216,24 @@ def check_pipeline_folder(path: Path):
         if part in ("unet", "vae", "text_encoder") and not any((path / part).glob("*.safetensors")):
             raise ValueError(f"{path / part} holds no .safetensors file; weights in any other format are refused, "
                              "since opening a pickle can run code (convert them with save_pretrained)")
+        for file in (path / part).glob("*.safetensors"):
+            try:
+                safe_open(file, "pt")
+            except SafetensorError as error:
+                raise ValueError(f"{file} is not a whole safetensors file ({error})") from None
+    code = next(path.rglob("*.py"), None)
+    if code:
+        raise ValueError(f"{path} brings code of its own ({code.name}), which diffusers would run; remove it")
+    unet, vae, text = (json.loads((path / part / "config.json").read_text(encoding="utf-8"))
+                       for part in ("unet", "vae", "text_encoder"))
+    channels = [unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)]
+    if len(set(channels)) > 1:
+        raise ValueError(f"{path}: its UNet takes {channels[0]} channels and gives {channels[1]}, its VAE has {channels[2]}; "
+                         "give a text-to-image model, not one for inpainting or upscaling")
+    width = text.get("text_config", text).get("hidden_size", 512)
+    if unet.get("cross_attention_dim") != width:
+        raise ValueError(f"{path}: its UNet reads text of width {unet.get('cross_attention_dim')}, its text encoder gives "
+                         f"{width}; give a Stable Diffusion 1.x or 2.x (SDXL has two text encoders)")
 
 
 @torch.no_grad()

@@ -24,11 +24,8 @@ from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextCon
 
 import evaluate
 import geneval
-import judges
-import samplers
 import shapes
-import tables
-import train
+from evaluation import judges, samplers, tables
 from geneval import Instance
 from sample import encode_prompts, load_pipeline, rollout, ddim_schedule
 
@@ -164,13 +161,11 @@ def test_geneval_rows_continue_one_stream(tmp_path):
         assert torch.equal(samplers.initial_noise(r, (4, 8, 8), "cpu"), expected)
 
 
-def test_shapes_rows_and_settings():
+def test_shapes_rows():
     rows, _, _ = evaluate.read_suite(arguments("shapes", "--images", 500))
     counts = Counter(r.groups[0] for r in rows)
     assert sum(counts[c] for c in shapes.TRAINED_ON) >= 500 and sum(counts[t] for t in shapes.TASKS) >= 500
     assert counts["explicit"] == counts["calm"] == 500 and len({r.seed for r in rows}) == len(rows)
-    for flag in ("steps", "guidance"):
-        assert evaluate.SUITES["shapes"][flag] == train.SHAPES[flag]
 
 
 # ----------------------------------------------------------------------------------------------- aggregators

@@ -49,7 +49,8 @@ def latent_shape(unet):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Make a diffusion model safer with GRPO and a CLIP steering reward.")
+    parser = argparse.ArgumentParser(description="Make a diffusion model safer with GRPO and a CLIP steering reward.",
+                                     allow_abbrev=False)  # so that the resume command can tell the flags apart
     add = parser.add_argument_group("models and prompts").add_argument
     add("--model", default="CompVis/stable-diffusion-v1-4", help="the paper's base; folder, hub id, NAME:SUBFOLDER, shapes")
     add("--clip", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="the network that HPSv2.1 was tuned from")
@@ -99,6 +100,7 @@ def parse_args(argv=None):
     if parser.parse_known_args(argv)[0].model == "shapes":
         parser.set_defaults(**SHAPES)
     args = parser.parse_args(argv)
+    args.command = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     runs.check_flags(args)
     return args
 
@@ -125,10 +127,10 @@ def shared_noise(chosen, args, epoch, shape):
 def update(policy, base, optimizer, schedule, batch, args, autocast, prediction_type, epoch):
     """Clipped policy-gradient steps on a rollout's transitions; returns statistics summed over all of them.
 
-    batch: latents (B, T+1, C, h, w), log_probs (B, T), advantages (B,), text (B, L, d), null_text (1, L, d).
+    batch: latents (B, T+1, C, h, w), log_probs (B, T), advantages (B,), text (B, L, d), null_text (1, L, d), B prompts.
     Pairs of (picture, transition) are shuffled, shared out among the optimizer steps, and taken in micro-batches, each
     weighted by its count, so that neither T nor the micro-batch changes the gradient."""
-    device, stats, norms = batch["latents"].device, {}, []
+    device, stats, norms, params = batch["latents"].device, {}, [], optimizer.param_groups[0]["params"]
     trained = args.steps - args.skip_last
     per_image = max(1, round(trained * args.timestep_fraction))
     generator = image_generator(args.seed, epoch, "transitions")
@@ -140,6 +142,7 @@ def update(policy, base, optimizer, schedule, batch, args, autocast, prediction_
     bar = tqdm(total=sum(math.ceil(len(share) / args.micro_batch) for share in shares), desc="update", leave=False)
     for first, share in enumerate(shares):
         optimizer.zero_grad(set_to_none=True)
+        watched = []
         for micro in share.split(args.micro_batch):
             image, step = micro[:, 0].to(device), steps[micro[:, 0], micro[:, 1]].to(device)
             x_t, x_prev = batch["latents"][image, step], batch["latents"][image, step + 1]
@@ -148,19 +151,21 @@ def update(policy, base, optimizer, schedule, batch, args, autocast, prediction_
             with autocast():
                 mu = ddim_mean(predict_noise(policy, *network_inputs), x_t, a_t, a_p, s, prediction_type)
             logp = log_prob(x_prev, mu, s)
-            loss, new = policy_loss(logp, batch["log_probs"][image, step], batch["advantages"][image], args.clip_range)
+            logp_old = batch["log_probs"][image, step]
+            loss, new = policy_loss(logp, logp_old, batch["advantages"][image], args.clip_range)
             if args.kl:
                 with torch.no_grad(), autocast(), without_adapter(policy, base):
                     mu_ref = ddim_mean(predict_noise(base, *network_inputs), x_t, a_t, a_p, s, prediction_type)
                 kl = gaussian_kl(mu, mu_ref, s)
                 loss, new["kl_ref"] = loss + args.kl * kl.mean(), kl.detach().sum()
             (loss * (len(micro) / len(share))).backward()
+            watched.append((micro, logp.detach() - logp_old, loss.detach(), runs.gradient_norm(params)))
             for name, value in new.items():
                 stats[name] = value if name not in stats else (
                     torch.maximum(stats[name], value) if name == "ratio_dev" else stats[name] + value)
             bar.update()
-        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm,
-                                                    error_if_nonfinite=True))
+        norms.append(runs.check_update(watched, steps, batch.get("prompts"), epoch, policy, optimizer, args))
+        torch.nn.utils.clip_grads_with_norm_(params, args.max_grad_norm, norms[-1])
         if first == 0:
             stats["ratio_dev_first"] = stats["ratio_dev"].clone()  # before any step: the policy is the one that sampled
         optimizer.step()
@@ -325,6 +330,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = runs.choose_device(args)
     prompts, anchors = read_prompts(args.prompts), read_anchors(args.anchors)
+    runs.check_inputs(args, prompts)
     run = runs.open_run(args)
     half = args.precision == "bf16"
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
@@ -346,9 +352,9 @@ def main(argv=None):
                                   fused=device.type == "cuda")
     print_plan(args, policy, prompts, len(pools[0]), device)
     networks = {"base": (base, lambda: without_adapter(policy, base)), "after": (policy, nullcontext)}
-    first = runs.load_checkpoint(run, policy, optimizer, args) if args.resume else 0
+    first = runs.begin(run, policy, optimizer, args)
 
-    for epoch in range(first, args.epochs):
+    for epoch in runs.epochs(run, first, policy, optimizer, args):  # ends early, with a checkpoint, on Ctrl-C or SIGTERM
         clock = [time.perf_counter()]
         tick = lambda: runs.tick(clock, device)
 
@@ -369,12 +375,14 @@ def main(argv=None):
         # reward and advantage: two names for two things
         rewards, alignment, safety = reward.score(images, flat)
         rewards = rewards.view(len(chosen), args.group)
+        runs.check_rollout(drawn, images, rewards, flat, epoch, policy, optimizer, args)
+        runs.stop_if_asked(run, epoch, policy, optimizer, args)  # nothing of this epoch is learnt yet
         advantages = group_advantages(rewards)
         seconds["seconds_reward"] = tick()
 
         # update
         batch = dict(latents=drawn.latents, log_probs=drawn.log_probs, advantages=advantages.flatten(),
-                     text=flat_text, null_text=null_text)
+                     text=flat_text, null_text=null_text, prompts=flat)
         stats = update(policy, base, optimizer, schedule, batch, args, autocast, prediction_type, epoch)
         seconds["seconds_update"] = tick()
 
@@ -402,3 +410,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:  # before the first epoch or after the last, where nothing is lost
+        sys.exit(130)

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import geneval
-import judges
 import shapes
-import tables
+from evaluation import judges, tables
 from reward import read_prompts
 
 I2P_HUB = ("AIML-TUDA/i2p", "i2p_benchmark.csv")
