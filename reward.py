@@ -188,7 +188,8 @@ class SteeringReward:
         """Plain and steered text targets of prompts: two of (B, d), unit rows."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self.cache]
         if missing:
-            text = self.embed_text([p.text for p in missing])
+            # one by one: in a batch the last bit depends on who else is in it, and a resumed run meets other company
+            text = torch.cat([self.embed_text([p.text]) for p in missing])
             alpha = [self.alpha * (self.steered == "all" or self.is_unsafe(p)) for p in missing]
             self.cache.update(zip(missing, zip(text, steer(text, self.direction, alpha))))
         plain, steered = zip(*(self.cache[p] for p in prompts))

@@ -179,6 +179,8 @@ def begin(run: Path, policy, optimizer, args) -> int:
     epoch = load_checkpoint(found[-1], policy, optimizer, args) if found else 0
     if args.resume:
         print(f"resumed  {found[-1]}, {epoch} epochs done" if found else f"resumed  no checkpoint in {run} yet: from epoch 0")
+        if found and "stopped" in read_state(found[-1]):
+            print(f"note: this checkpoint was written when {read_state(found[-1])['stopped']}")
     cut_log(run / "metrics.jsonl", epoch)
     write_text(run / "flags.json", json.dumps(vars(args), indent=1))
     return epoch
@@ -198,7 +200,7 @@ def compare_flags(checkpoint: Path, args):
         raise ValueError("\n  ".join([f"--resume: not the flags of {checkpoint}, and they change the result", *lines,
                                       f"(to change one on purpose, change it in {checkpoint / 'state.json'} too)"]))
     for name in changed:
-        print(f"note: --{name.replace('_', '-')}: was {was[name]}, is {now[name]}; equal up to rounding, not to the bit")
+        print(f"note: --{name.replace('_', '-')}: was {was.get(name)}, is {now[name]}; equal up to rounding, not to the bit")
     for name in LIBRARIES:
         if saved["versions"][name] != version(name):
             print(f"note: {name} was {saved['versions'][name]}, is {version(name)}; equality to the bit is not promised")

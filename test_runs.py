@@ -123,34 +123,34 @@ def assert_same_checkpoint(a, b):
 
 def test_killed_at_any_moment_and_continued_to_the_bit(tmp_path):
     """SIGKILL while loading, while an epoch runs, and while a checkpoint is being written: nothing differs at the end."""
-    rng, struck, torn = random.Random(0), [], 0
-    argv = [*TINY, "--epochs", 3 * KILLS + 3, "--save-every", 2]
+    rng, struck, torn, epochs = random.Random(0), [], 0, 3 * KILLS + 4
+    argv = [*TINY, "--epochs", epochs, "--save-every", 2]
     whole, run, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     process = start([*argv, "--out", whole], log)
     process.join()
     assert process.exitcode == 0, log.read_text()
-    epoch_seconds = sum(line["seconds_sample"] + line["seconds_update"] for line in map(
-        json.loads, (whole / "metrics.jsonl").read_text().splitlines())) / (3 * KILLS + 3)
+    times = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    epoch_seconds = sum(line["seconds_sample"] + line["seconds_update"] for line in times) / epochs
+    newest = lambda: max([int(path.name[-6:]) for path in runs.checkpoints(run)], default=0)
     for n in range(KILLS):
-        moment = ("checkpoint", "epoch", "loading")[n % 3]
-        done = int(runs.checkpoints(run)[-1].name[-6:]) if run.exists() and runs.checkpoints(run) else 0
+        moment, done = "checkpoint" if not torn else ("checkpoint", "epoch", "loading")[n % 3], newest()
         process = start([*argv, "--out", run, *(["--resume"] if run.exists() else [])], log)
-        if moment == "checkpoint":
-            wait_for(lambda: any(run.glob("checkpoint-*.part")), process)
-            time.sleep(rng.uniform(0, 0.02))
-        elif moment == "epoch":
-            wait_for(lambda: (run / "metrics.jsonl").exists()
-                     and (run / "metrics.jsonl").read_bytes().count(b"\n") > done, process)
-            time.sleep(rng.uniform(0, 2 * epoch_seconds))
-        else:
+        if moment == "loading":
             time.sleep(rng.uniform(0, 1))
+        else:  # at least one checkpoint further, so that every continued run is killed somewhere else
+            wait_for(lambda: newest() > done, process)
+            if moment == "checkpoint":
+                wait_for(lambda: any(run.glob("checkpoint-??????.part")), process)
+                time.sleep(rng.uniform(0, 0.008))
+            else:
+                time.sleep(rng.uniform(0, 2 * epoch_seconds))
         assert process.is_alive(), f"ended before kill {n}: {log.read_text()}"
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        left = [path.name for path in run.glob("checkpoint-*.part")] if run.exists() else []
+        left = [path.name for path in run.glob("checkpoint-??????.part")] if moment != "loading" else []
         torn += bool(left)
-        struck.append(f"{n + 1}: {moment}, after epoch {done}{', torn ' + left[0] if left else ''}")
+        struck.append(f"{n + 1}: {moment}, newest checkpoint {newest()}{', torn ' + left[0] if left else ''}")
     process = start([*argv, "--out", run, *(["--resume"] if run.exists() else [])], log)
     process.join()
     assert process.exitcode == 0, log.read_text()
@@ -161,7 +161,7 @@ def test_killed_at_any_moment_and_continued_to_the_bit(tmp_path):
         assert_same_checkpoint(ours, theirs)
     final = "final/unet/diffusion_pytorch_model.safetensors"
     assert (run / final).read_bytes() == (whole / final).read_bytes()
-    assert lines(run) == lines(whole) and len(lines(run)) == 3 * KILLS + 3
+    assert lines(run) == lines(whole) and len(lines(run)) == epochs
     assert not list(run.glob("*.part"))
 
 
@@ -220,6 +220,14 @@ def test_interrupted_while_sampling_stops_before_the_update(tmp_path, quick, mon
 
 # ------------------------------------------------------------------------------------------------ resume
 
+def test_a_prompts_target_does_not_depend_on_the_others():
+    """A resumed run meets the prompts in another order; a batch of another make-up would differ in the last bit."""
+    prompts = reward.read_prompts(["shapes"])
+    at_once, one_by_one = (reward.SteeringReward("shapes", reward.read_anchors("shapes")) for _ in range(2))
+    alone = [torch.cat(one_by_one.targets([p])) for p in reversed(prompts)][::-1]
+    assert torch.equal(torch.stack(at_once.targets(prompts), 1), torch.stack(alone))
+
+
 def test_log_is_cut_back_and_never_doubled(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps(dict(epoch=i)) + "\n" for i in range(5)) + '{"epoch": 5, "rew')
@@ -239,7 +247,7 @@ def test_a_run_may_go_on_for_longer_than_it_was_started_for(tmp_path, quick, und
 
 CHANGED = [(["--learning-rate", "1e-3"], "--learning-rate: was 0.0002, is 0.001"), (["--seed", "1"], "--seed: was 0, is 1"),
            (["--group", "3"], "--group: was 2, is 3"), (["--steer", "all"], "--steer: was unsafe, is all"),
-           (["--prompts", str(HERE / "prompts" / "benign.txt")], "--prompts: was "),
+           (["--prompts", str(HERE / "prompts" / "shapes.txt"), "shapes"], "--prompts: was "),
            (["--anchors", str(HERE / "prompts" / "anchors.txt")], "--anchors: was ")]
 
 
@@ -342,7 +350,7 @@ def test_disk_that_fills_while_writing(small, monkeypatch):
     full_disk_message(error, small)
 
 
-@pytest.mark.parametrize("share", [1.2, 1.5, 1.8])
+@pytest.mark.parametrize("share", [1.5, 1.8])
 def test_disk_that_is_really_full(small, share):
     """A tmpfs with room for one checkpoint and a bit: the second meets the end of it in the weights, or in the moments."""
     needed = sum(map(runs.tensor_bytes, runs.state(small.unet, small.optimizer, small.args)))
@@ -490,7 +498,7 @@ def test_memory_estimate_of_stable_diffusion():
     args.precision, args.device = "bf16", "cuda"
     estimate = runs.memory_estimate(args, Unet())
     args.no_checkpointing = True
-    assert 17 < estimate < 24 and runs.memory_estimate(args, Unet()) > 1.5 * estimate
+    assert 17 < estimate < 24 and runs.memory_estimate(args, Unet()) > 1.3 * estimate
 
 
 # ------------------------------------------------------------------------------------------------ files from others
@@ -677,13 +685,13 @@ def test_bf16_on_a_card_that_has_none(monkeypatch):
     assert args.precision == "float32"
 
 
-@pytest.mark.parametrize("words, said", [("--prompts none.txt", "No such file"), ("--group 1", "at least 2"),
-                                         ("--model prompts", "no model_index.json")])
-def test_bad_input_on_the_real_command_line(words, said, tmp_path):
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "train.py", *TINY, "--device", "cpu", "--clip", "shapes", "--anchors", "shapes",
-                           "--prompts", "shapes", "--out", str(tmp_path / "run"), *words.split()], cwd=HERE,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
-    print(f"{words}: {time.perf_counter() - start:.1f} s, imports included")
+def test_bad_input_on_the_real_command_line(tmp_path):
+    start, tries = time.perf_counter(), {"--prompts none.txt": "No such file", "--model prompts": "no model_index.json"}
+    same = ["--device", "cpu", "--clip", "shapes", "--anchors", "shapes", "--prompts", "shapes", "--out", str(tmp_path / "run")]
+    running = [subprocess.Popen([sys.executable, "train.py", *TINY, *same, *words.split()], cwd=HERE, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for words in tries]
+    for process, said in zip(running, tries.values()):
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 1 and said in errors and "Traceback" not in printed + errors
+    print(f"refused within {time.perf_counter() - start:.1f} s, imports included")
     assert not (tmp_path / "run").exists()
