@@ -3,6 +3,7 @@
 Five kinds: equal to a trusted reference (diffusers' DDIM, torch.distributions, transformers' image processor, finite
 differences), algebraic properties, gradients, determinism, and the real command line on the shapes world."""
 
+import copy
 import json
 import math
 import os
@@ -245,14 +246,17 @@ def test_log_probability_gradient_by_finite_differences():
 
 # ------------------------------------------------------------------------------------------------ ratio and gradients
 
-@pytest.mark.parametrize("batch_size", [1, 4, 6])
-@pytest.mark.parametrize("micro_batch", [1, 3, 24])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 6])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 6, 24])
 def test_ratio_is_one_before_the_first_update(batch_size, micro_batch):
+    """Exactly, where rollout and update call the network at one batch shape; at another shape the matrix library takes
+    another kernel, which adds in another order: then within four units of float32's last place."""
     unet, schedule = tiny_unet(), sample.ddim_schedule(scheduler(), 6, 1.0)
     args = args_for(micro_batch=micro_batch)
     batch = rollout_batch(unet, schedule, args, batch_size=batch_size)
-    stats, _ = run_update(unet, unet, batch, schedule, args)
-    assert stats["ratio_dev_first"] == 0.0
+    stats, _ = run_update(unet, copy.deepcopy(unet), batch, schedule, args)
+    same_shape = batch_size == micro_batch and 6 % batch_size == 0
+    assert stats["ratio_dev_first"] <= (0.0 if same_shape else 4 * 1.2e-7)
     assert stats["positive"] + stats["negative"] == 6 * 4  # every picture, all of its transitions but the last two
 
 
@@ -262,7 +266,7 @@ def test_ratio_floor_under_bf16_autocast():
     unet, schedule, args = tiny_unet(), sample.ddim_schedule(scheduler(), 6, 1.0), args_for(micro_batch=3)
     with autocast():
         batch = rollout_batch(unet, schedule, args)
-    stats, _ = run_update(unet, unet, batch, schedule, args, autocast)
+    stats, _ = run_update(unet, copy.deepcopy(unet), batch, schedule, args, autocast)
     assert stats["ratio_dev_first"] < 5e-4
 
 
@@ -299,7 +303,7 @@ def test_groups_without_spread_are_left_out():
     schedule, unet = sample.ddim_schedule(scheduler(), 6, 1.0), tiny_unet()
     batch = rollout_batch(unet, schedule, args_for())
     batch["advantages"][2:4] = 0
-    stats, _ = run_update(unet, unet, batch, schedule, args_for())
+    stats, _ = run_update(unet, copy.deepcopy(unet), batch, schedule, args_for())
     assert stats["pairs"] == 4 * 4
 
 
