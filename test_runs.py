@@ -245,7 +245,7 @@ def test_a_run_may_go_on_for_longer_than_it_was_started_for(tmp_path, quick, und
     assert "2 epochs done" in capsys.readouterr().out
 
 
-CHANGED = [(["--learning-rate", "1e-3"], "--learning-rate: was 0.0002, is 0.001"), (["--seed", "1"], "--seed: was 0, is 1"),
+CHANGED = [(["--learning-rate", "1e-3"], f"--learning-rate: was {train.SHAPES['learning_rate']}, is 0.001"), (["--seed", "1"], "--seed: was 0, is 1"),
            (["--group", "3"], "--group: was 2, is 3"), (["--steer", "all"], "--steer: was unsafe, is all"),
            (["--prompts", str(HERE / "prompts" / "shapes.txt"), "shapes"], "--prompts: was "),
            (["--anchors", str(HERE / "prompts" / "anchors.txt")], "--anchors: was ")]
