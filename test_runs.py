@@ -40,6 +40,7 @@ TINY = ["--model", "shapes", "--epochs", "2", "--prompts-per-rollout", "2", "--g
         "--micro-batch", "2", "--timestep-fraction", "1", "--save-every", "1"]  # 4 pictures, 8 transitions, 2 updates
 TIMES = {"seconds_sample", "seconds_reward", "seconds_update", "images_per_second", "peak_memory_gb"}
 KILLS = int(os.environ.get("KILLS", 3))
+torch.set_num_threads(1)  # to the bit means with as many threads, here and in the processes that are started
 
 
 def quick_main(argv, log=None, slow_disk=False):
