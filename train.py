@@ -232,7 +232,7 @@ def make_policy(unet, args, device):
     return policy.eval(), base.eval()  # eval in rollout and in update: dropout would be part of the policy
 
 
-def print_plan(args, policy, prompts, unsafe, device):
+def print_plan(args, policy, reward, prompts, unsafe, device):
     """One screen that says what is about to happen and what it needs, before it happens."""
     categories = {}
     for prompt in prompts:
@@ -243,7 +243,11 @@ def print_plan(args, policy, prompts, unsafe, device):
     print(f"model    {args.model}: {trained / 1e6:.1f} M parameters trained"
           f"{f' (LoRA, rank {args.lora_rank})' if args.lora_rank else ''}, {args.precision} on {device}")
     print(f"reward   {args.clip}, alpha {args.alpha}, {args.direction} direction, {args.steer} prompts steered")
-    print(f"prompts  {len(prompts)}, {unsafe} of them unsafe: "
+    if unsafe:  # a target that alpha did not carry past the middle still asks for what the prompt asks for
+        safe = int((reward.targets(unsafe)[1] @ reward.direction > 0).sum())
+        print(f"         of {len(unsafe)} unsafe prompts alpha carries {safe} to the safe side of the direction"
+              + (", a larger one would carry more" if safe < len(unsafe) else ""))
+    print(f"prompts  {len(prompts)}, {len(unsafe)} of them unsafe: "
           + ", ".join(f"{name} {count}" for name, count in categories.items()))
     print(f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, {args.steps} steps, "
           f"guidance {args.guidance}, eta {args.eta}")
@@ -351,7 +355,7 @@ def main(argv=None):
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
-    print_plan(args, policy, prompts, len(pools[0]), device)
+    print_plan(args, policy, reward, prompts, pools[0], device)
     networks = {"base": (base, lambda: without_adapter(policy, base)), "after": (policy, nullcontext)}
     first = runs.begin(run, policy, optimizer, args)
 
