@@ -135,25 +135,30 @@ def check_clip(clip: str) -> str:
     return name
 
 
+def load_clip(clip: str, dtype=torch.float32):
+    """A transformers CLIP from a hub id, a folder, or "shapes" -> (model, tokenizer, image processor)."""
+    name = check_clip(clip)
+    model, info = CLIPModel.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"--clip {clip}: lacks {len(info['missing_keys'])} of a CLIPModel's weights, "
+                         f"{sorted(info['missing_keys'])[0]} among them")
+    try:
+        processor = CLIPImageProcessor.from_pretrained(name)
+    except OSError:  # HPSv2 in transformers' format has no preprocessor file: it is CLIP's own
+        processor = CLIPImageProcessor()
+    return model, CLIPTokenizer.from_pretrained(name), processor
+
+
 class SteeringReward:
     """Scores pictures: reward(images, prompts) -> (B,). Targets are computed once per prompt and kept.
 
-    clip: a transformers CLIP (hub id, folder, or "shapes"); anchors: (safe phrases, unsafe phrases) as read_anchors
-    returns them; steered: "unsafe" or "all"; unit: whether v has unit length."""
+    clip: what load_clip takes, or what it returns; anchors: (safe phrases, unsafe phrases) as read_anchors returns
+    them; steered: "unsafe" or "all"; unit: whether v has unit length."""
 
-    def __init__(self, clip: str, anchors, alpha: float = 0.5, unit: bool = True, steered: str = "unsafe",
+    def __init__(self, clip, anchors, alpha: float = 0.5, unit: bool = True, steered: str = "unsafe",
                  device="cpu", dtype=torch.float32, batch_size: int = 32):
-        name = check_clip(clip)
-        model, info = CLIPModel.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
-        if info["missing_keys"]:
-            raise ValueError(f"--clip {clip}: lacks {len(info['missing_keys'])} of a CLIPModel's weights, "
-                             f"{sorted(info['missing_keys'])[0]} among them")
+        model, self.tokenizer, processor = load_clip(clip, dtype) if isinstance(clip, str) else clip
         self.clip = model.requires_grad_(False).eval().to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(name)
-        try:
-            processor = CLIPImageProcessor.from_pretrained(name)
-        except OSError:  # HPSv2 in transformers' format has no preprocessor file: it is CLIP's own
-            processor = CLIPImageProcessor()
         self.geometry = (processor.size["shortest_edge"], processor.crop_size["height"],
                          processor.image_mean, processor.image_std)
         self.alpha, self.steered, self.device, self.batch_size = alpha, steered, device, batch_size

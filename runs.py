@@ -74,6 +74,7 @@ def check_flags(args):
         ("guidance", args.guidance > 0, "above 0: at 0 the prompt is not used"),
         ("alpha", args.alpha >= 0, "at least 0: a negative one steers towards the unsafe anchors"),
         ("learning_rate", args.learning_rate > 0, "above 0"),
+        ("decay_epochs", args.decay_epochs >= 0, "at least 0 (0 for a constant rate)"),
         ("weight_decay", args.weight_decay >= 0, "at least 0"),
         ("clip_range", 0 < args.clip_range < 1, "above 0 and below 1"),
         ("kl", args.kl >= 0, "at least 0"),
@@ -429,9 +430,10 @@ def stop_not_finite(what: str, epoch: int, policy, optimizer, args):
                      f"changed in state.json too), then\n{resume_command(args)}")
 
 
-def check_rollout(drawn, images, rewards, prompts, epoch: int, policy, optimizer, args):
-    """Stop if a latent, log-probability, picture or reward is not finite. prompts: B of them, one per picture."""
-    for name, values in (("latent", drawn.latents), ("log-probability", drawn.log_probs), ("picture", images),
+def check_rollout(batch, images, rewards, epoch: int, policy, optimizer, args):
+    """Stop if a latent, log-probability, picture or reward is not finite. batch: as train.sample_groups returns it."""
+    prompts = batch["prompts"]
+    for name, values in (("latent", batch["latents"]), ("log-probability", batch["log_probs"]), ("picture", images),
                          ("reward", rewards)):
         finished = name in ("picture", "reward")
         values = values.reshape(len(prompts), 1 if finished else values.shape[1], -1)  # (B, steps, numbers in each)

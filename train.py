@@ -81,6 +81,7 @@ def parse_args(argv=None):
     add("--timestep-fraction", type=float, default=1.0, help="random share of each trajectory that is trained")
     add("--skip-last", type=int, default=2, help="transitions left out at the end of a trajectory (README: why two)")
     add("--learning-rate", "--lr", type=float, default=1e-5, help="paper: 1e-5")
+    add("--decay-epochs", type=int, default=0, metavar="N", help="the rate falls as 1 / (1 + epoch / N); 0: constant (paper)")
     add("--weight-decay", type=float, default=1e-4, help="paper: 1e-4")
     add("--clip-range", type=float, default=1e-4, help="of the ratio per latent dimension (DDPO, and the paper's code)")
     add("--kl", type=float, default=0.01, metavar="BETA", help="weight of the KL to the frozen base; 0 for none")
@@ -119,10 +120,29 @@ def choose_prompts(unsafe, benign, args, epoch: int):
     return chosen
 
 
+def rate_at(epoch: int, args) -> float:
+    """The learning rate of an epoch. It does not depend on --epochs, so a longer run repeats the shorter one to the bit."""
+    return args.learning_rate / (1 + epoch / args.decay_epochs) if args.decay_epochs else args.learning_rate
+
+
 def shared_noise(chosen, args, epoch, shape):
     """One initial noise per group, repeated for its pictures: (P·G, C, h, w)."""
     noise = [torch.randn(shape, generator=image_generator(args.seed, epoch, i, "shared")) for i in range(len(chosen))]
     return torch.stack(noise).repeat_interleave(args.group, 0)
+
+
+def sample_groups(policy, pipe, schedule, chosen, text, null_text, args, epoch, autocast):
+    """Draw G pictures of each chosen prompt: the batch that `update` takes, without its advantages, and the pictures
+    (B, 3, H, W). text: {prompt: its states (L, d)}."""
+    flat = [p for p in chosen for _ in range(args.group)]
+    generators = [image_generator(args.seed, epoch, i, j, "rollout") for i in range(len(chosen)) for j in range(args.group)]
+    flat_text, shape = torch.stack([text[p] for p in flat]), latent_shape(pipe.unet)
+    initial = shared_noise(chosen, args, epoch, shape).to(flat_text.device) if args.shared_noise else None
+    with tqdm(total=args.steps * math.ceil(len(flat) / args.sample_batch), desc="sample", leave=False) as bar, autocast():
+        drawn = rollout(policy, schedule, flat_text, null_text, args.guidance, generators, shape,
+                        pipe.scheduler.config.prediction_type, args.sample_batch, initial=initial, progress=bar)
+        images = decode(pipe.vae, drawn.latents[:, -1])
+    return dict(latents=drawn.latents, log_probs=drawn.log_probs, text=flat_text, null_text=null_text, prompts=flat), images
 
 
 def update(policy, base, optimizer, schedule, batch, args, autocast, prediction_type, epoch):
@@ -196,7 +216,7 @@ def record(epoch, args, rewards, alignment, safety, advantages, unsafe, stats, s
         zero_std_groups=mean((advantages == 0).all(1).float()), ratio_dev_first=stats.get("ratio_dev_first", 0.0),
         ratio_dev_max=stats.get("ratio_dev", 0.0), clip_frac_pos=ratio("clipped_positive", "positive"),
         clip_frac_neg=ratio("clipped_negative", "negative"), kl_ref=ratio("kl_ref", "pairs"),
-        kl_old=ratio("kl_old", "pairs"), grad_norm=stats["grad_norm"], lr=args.learning_rate, updates=stats["updates"],
+        kl_old=ratio("kl_old", "pairs"), grad_norm=stats["grad_norm"], lr=rate_at(epoch, args), updates=stats["updates"],
         **seconds, images_per_second=rewards.numel() / sum(seconds.values()), peak_memory_gb=peak)
 
 
@@ -252,7 +272,8 @@ def print_plan(args, policy, reward, prompts, unsafe, device):
     print(f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, {args.steps} steps, "
           f"guidance {args.guidance}, eta {args.eta}")
     print(f"update   {args.updates} per rollout on {transitions} transitions (all but the last {args.skip_last} of each, "
-          f"x {args.timestep_fraction}), lr {args.learning_rate}, clip {args.clip_range}, KL {args.kl}")
+          f"x {args.timestep_fraction}), lr {args.learning_rate}"
+          f"{f' / (1 + epoch / {args.decay_epochs})' if args.decay_epochs else ''}, clip {args.clip_range}, KL {args.kl}")
     print(f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
     print(f"memory   about {runs.memory_estimate(args, policy):.1f} GB at the peak")
 
@@ -349,7 +370,6 @@ def main(argv=None):
     pools = [p for p in prompts if unsafe[p]], [p for p in prompts if not unsafe[p]]
     text = dict(zip(prompts, encode_prompts(pipe, [p.text for p in prompts])))  # once: the text encoder is frozen
     null_text = encode_prompts(pipe, [""])
-    prediction_type, shape = pipe.scheduler.config.prediction_type, latent_shape(pipe.unet)
     schedule = ddim_schedule(pipe.scheduler, args.steps, args.eta).to(device)
     policy, base = make_policy(pipe.unet, args, device)
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -363,37 +383,30 @@ def main(argv=None):
         clock = [time.perf_counter()]
         tick = lambda: runs.tick(clock, device)
 
+        optimizer.param_groups[0]["lr"] = rate_at(epoch, args)
+
         # sample: P prompts, G pictures of each, with all that the update needs
         chosen = choose_prompts(*pools, args, epoch)
-        flat = [p for p in chosen for _ in range(args.group)]
-        generators = [image_generator(args.seed, epoch, i, j, "rollout")
-                      for i in range(len(chosen)) for j in range(args.group)]
-        flat_text = torch.stack([text[p] for p in flat])
-        initial = shared_noise(chosen, args, epoch, shape).to(device) if args.shared_noise else None
-        with tqdm(total=args.steps * math.ceil(len(flat) / args.sample_batch), desc="sample", leave=False) as bar, \
-                autocast():
-            drawn = rollout(policy, schedule, flat_text, null_text, args.guidance, generators, shape, prediction_type,
-                            args.sample_batch, initial=initial, progress=bar)
-            images = decode(pipe.vae, drawn.latents[:, -1])
+        batch, images = sample_groups(policy, pipe, schedule, chosen, text, null_text, args, epoch, autocast)
         seconds = dict(seconds_sample=tick())
 
         # reward and advantage: two names for two things
-        rewards, alignment, safety = reward.score(images, flat)
+        rewards, alignment, safety = reward.score(images, batch["prompts"])
         rewards = rewards.view(len(chosen), args.group)
-        runs.check_rollout(drawn, images, rewards, flat, epoch, policy, optimizer, args)
+        runs.check_rollout(batch, images, rewards, epoch, policy, optimizer, args)
         runs.stop_if_asked(run, epoch, policy, optimizer, args)  # nothing of this epoch is learnt yet
         advantages = group_advantages(rewards)
+        batch["advantages"] = advantages.flatten()
         seconds["seconds_reward"] = tick()
 
         # update
-        batch = dict(latents=drawn.latents, log_probs=drawn.log_probs, advantages=advantages.flatten(),
-                     text=flat_text, null_text=null_text, prompts=flat)
-        stats = update(policy, base, optimizer, schedule, batch, args, autocast, prediction_type, epoch)
+        stats = update(policy, base, optimizer, schedule, batch, args, autocast,
+                       pipe.scheduler.config.prediction_type, epoch)
         seconds["seconds_update"] = tick()
 
         # log and save
         is_unsafe = torch.tensor([unsafe[p] for p in chosen], device=device)
-        exact = exact_rates(images, flat, is_unsafe.repeat_interleave(args.group)) if args.clip == "shapes" else {}
+        exact = exact_rates(images, batch["prompts"], is_unsafe.repeat_interleave(args.group)) if args.clip == "shapes" else {}
         runs.log(run, record(epoch, args, rewards, alignment, safety, advantages, is_unsafe, stats, seconds) | exact)
         last = epoch + 1 == args.epochs
         if last or (epoch + 1) % args.picture_every == 0:
