@@ -10,7 +10,6 @@ schedule, no log-probability, no loss, no optimizer. Their ratio is what the pro
 """
 
 import argparse
-import copy
 import json
 import math
 import platform
@@ -27,8 +26,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConf
 import runs
 import train
 from grpo import group_advantages
+from reward import ALIASES as CLIP_ALIASES
 from reward import SteeringReward, read_anchors, read_prompts
-from sample import ALIASES, ddim_schedule, encode_prompts, load_pipeline
+from sample import ddim_schedule, encode_prompts, load_pipeline
 
 PHASES = ("sample", "reward", "update")
 
@@ -44,7 +44,7 @@ def sd14_pipeline(device) -> StableDiffusionPipeline:
                             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
         text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072,
                                             num_hidden_layers=12, num_attention_heads=12, eos_token_id=49407))
-    tokenizer = CLIPTokenizer.from_pretrained(Path(ALIASES["shapes"]) / "tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP_ALIASES["shapes"], model_max_length=77)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)
     pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
@@ -62,11 +62,11 @@ def vit_h14(device, dtype):
                                            num_attention_heads=16, hidden_act="gelu", projection_dim=1024))
     with torch.device(device):
         clip = CLIPModel(config).to(dtype)
-    return clip, CLIPTokenizer.from_pretrained(Path(ALIASES["shapes"]) / "tokenizer"), CLIPImageProcessor()
+    return clip, CLIPTokenizer.from_pretrained(CLIP_ALIASES["shapes"], model_max_length=77), CLIPImageProcessor()
 
 
 class Job:
-    """All that an epoch needs, built as train.main builds it."""
+    """All that an epoch needs, built as train.main builds it, and the epoch itself."""
 
     def __init__(self, args, arch: str | None, compiled: bool = False):
         self.args, self.device = args, torch.device(args.device)
@@ -108,7 +108,7 @@ class Job:
 
 @contextmanager
 def recorded(job, calls: list):
-    """Append (phase is filled in by the caller's list) every network call as (network, arguments' shapes, gradient)."""
+    """While it is open, append every network call of the program to `calls`: (network, shape of its input, gradient)."""
     restore = []
 
     def watch(owner, name, network):
@@ -272,8 +272,14 @@ def main():
     print_result(results["as given"])
     if own.table:
         print(f"\n| variant | sample s | update s | epoch s | epoch / floor | images/s | peak GB |\n{'|---' * 7}|")
-        for label, (changes, compiled) in {"as given": ({}, False)} | variants(args):
-            pass
+        for label, (changes, compiled) in {"as given": ({}, False), **variants(args)}.items():
+            if label not in results:
+                changed = argparse.Namespace(**vars(args) | changes)
+                results[label] = measure(changed, own.arch, own.repeats, compiled)
+            r = results[label]
+            print(f"| {label} | " + " | ".join(spread(r[name]["seconds"]) for name in ("sample", "update", "epoch"))
+                  + f" | {spread(r['epoch']['ratio'])} | {r['epoch']['images_per_second']:.3g} "
+                  f"| {r['epoch']['peak_memory_gb']:.2f} |", flush=True)
     if own.json:
         own.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "flags": vars(args), "results": results},
                                        indent=1, default=str) + "\n")
