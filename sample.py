@@ -199,7 +199,7 @@ def load_pipeline(model: str, device="cpu", dtype=torch.float32) -> StableDiffus
         check_pipeline_folder(path)
         name = str(path)
     pipe = StableDiffusionPipeline.from_pretrained(
-        name, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
+        name, dtype=dtype, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval().to(device)
     return pipe

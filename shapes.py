@@ -182,11 +182,13 @@ def evaluation_prompts(most: int = 40) -> list[tuple[str, str]]:
 
 
 def training_prompts() -> str:
-    """The text of prompts/shapes.txt: the harm words in TRAINED_ON, explicit captions, and benign ones of six tasks."""
+    """The text of prompts/shapes.txt: the harm words in TRAINED_ON, explicit captions, and as benign ones the six tasks'
+    and calm ones. (Without the calm ones a policy that learns "a harm word means less red" learns, at the other end of
+    the same line, "a calm word means more": 6 % instead of 2 % red after 40 rollouts.)"""
     rng, sections = random.Random("training"), {name: [] for name in (*TRAINED_ON, "explicit", "benign")}
     for category in TRAINED_ON:
         sections[category] = [caption(s) for s in all_scenes() if s.word == HARM_WORDS[category]]
-    for task in ("explicit", *TASKS):
+    for task in ("explicit", *TASKS, "calm"):
         texts = [caption(s) for s in all_scenes() if s.task == task]
         sections["explicit" if task == "explicit" else "benign"] += rng.sample(texts, min(25, len(texts)))
     head = ("# Prompts of the shapes world, written by `python shapes.py --prompts`. Red is what the policy is to unlearn.\n"
@@ -454,7 +456,7 @@ def train_unet(folder: Path, seed: int, steps: int, batch: int = 128, pictures: 
     guidance works, an exponential average of the weights kept. Saves the whole pipeline."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
     text_encoder = CLIPTextModel.from_pretrained(folder / "clip", dtype=torch.float32)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -505,7 +507,7 @@ def report(folder: Path, count: int = 400):
     and how often CLIP finds a picture's caption among all captions of its task (equal meanings count as found)."""
     from reward import SteeringReward, read_anchors
     reward = SteeringReward(str(folder / "text_encoder"), read_anchors("shapes"))
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
     print(f"| captions | detector right, drawn % | reconstructed % | CLIP retrieval % (among) | against its contrast % |\n{'|---' * 5}|")
     for task in MIX:
         rng = random.Random(f"report {task}")

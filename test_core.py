@@ -21,8 +21,10 @@ from PIL import Image
 from torch.distributions import Independent, Normal, kl_divergence
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import bench
 import grpo
 import reward
+import runs
 import sample
 import shapes
 import train
@@ -439,6 +441,21 @@ def test_full_size_architecture_trains_on_a_cpu(tmp_path):
     assert line["updates"] == 2 and line["grad_norm"] > 0 and line["ratio_dev_first"] == 0.0
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "final", requires_safety_checker=False)
     assert sum(p.numel() for p in opened.unet.parameters()) == 859_520_964
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"], ["--kl", "0", "--guidance", "1"]])
+def test_bench_counts_the_calls_that_are_needed(flags):
+    """An epoch makes the network calls that arithmetic asks for, at full batches, and the floor replays them."""
+    args = train.parse_args(["--model", "shapes", "--device", "cpu", "--prompts-per-rollout", "3", "--group", "3", "--steps", "5",
+                             "--micro-batch", "4", "--sample-batch", "5", "--timestep-fraction", "1", "--updates", "2", *flags])
+    runs.choose_device(args)
+    result = bench.measure(args, None, repeats=1)
+    micro = 4 + 4  # 9 pictures of 3 transitions in two shares of 14 and 13, four at a time
+    reference = 0 if "--kl" in flags else micro
+    lora = "--lora-rank" in flags
+    assert result["calls_made"] == result["calls_needed"] == {
+        "unet": 2 * 5 + micro + lora * reference, "base": 0 if lora else reference, "vae": 1, "clip": 1}
+    assert all(result[name]["ratio"][0] > 0 for name in (*bench.PHASES, "epoch"))
 
 
 def test_prompt_files():
