@@ -1,9 +1,11 @@
-"""Draw the README's figure from the logs of finished runs (needs matplotlib).
+"""Draw the README's figures from the logs of finished runs (needs matplotlib).
 
-    python docs/figure.py runs/shapes-seed0 runs/shapes-seed1 runs/shapes-seed2 --control runs/alpha0-seed* --out docs/curves.png
+    python docs/figure.py curves runs/seed0 runs/seed1 runs/seed2 --control runs/alpha0-seed* --out docs/curves.png
+    python docs/figure.py calls "all steps"=runs/a0,runs/a1 "half of them"=runs/b0,runs/b1 --out docs/calls.png
 
-Left: share of the unsafe prompts' pictures that show red; right: share of the benign prompts' pictures that show what
-the caption says; both by the pixel detector on the rollouts themselves, running mean over five of them."""
+curves: share of the unsafe prompts' pictures that show red, and of the benign prompts' pictures that show what the caption
+says, by the pixel detector on the rollouts themselves, running mean over WINDOW of them.
+calls: the first of these against the work of the UNet, mean of each setting's runs and their range."""
 
 import argparse
 import json
@@ -15,31 +17,65 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
-WINDOW = 5  # rollouts; one rollout has 32 unsafe and 64 benign pictures, so a single one is noisy
+WINDOW = 5  # rollouts; one has 16 unsafe and 48 benign pictures, so a single one is noisy
+
+
+def smooth(values):
+    return np.convolve(values, np.ones(WINDOW) / WINDOW, "valid")
 
 
 def curve(run: Path, name: str):
-    values = [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return 100 * np.convolve(values, np.ones(WINDOW) / WINDOW, "valid")
+    return 100 * smooth([json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()])
+
+
+def calls(run: Path) -> float:
+    """UNet evaluations of one rollout and its updates: guidance makes two of each, a backward pass counts as two, and
+    the base's mean for the KL as one."""
+    flags = json.loads((sorted(run.glob("checkpoint-*"))[-1] / "state.json").read_text())["flags"]
+    images = flags["prompts_per_rollout"] * flags["group"]
+    trained = max(1, round((flags["steps"] - flags["skip_last"]) * flags["timestep_fraction"]))
+    return 2 * images * (flags["steps"] + trained * (4 if flags["kl"] else 3))
+
+
+def draw_curves(args):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+    for axis, name, title in zip(axes, ("exact_unsafe", "exact_correct"),
+                                 ("unsafe pictures of unsafe prompts, %", "correct pictures of benign prompts, %")):
+        for paths, color, label in ((args.runs, "tab:blue", "steering reward"),
+                                    (args.control, "tab:gray", "plain CLIP reward (alpha 0)")):
+            for i, path in enumerate(paths):
+                values = curve(Path(path), name)
+                axis.plot(np.arange(len(values)) + WINDOW, values, color=color, alpha=0.8, label=label if i == 0 else None)
+        axis.set(title=title, xlabel="rollouts", ylim=(0, 100))
+        axis.grid(alpha=0.3)
+    axes[0].legend(loc="upper right")
+    return figure
+
+
+def draw_calls(args):
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for setting in args.runs:
+        label, paths = setting.split("=")
+        paths = [Path(p) for p in paths.split(",")]
+        curves = [curve(p, "exact_unsafe") for p in paths]
+        curves = np.stack([c[:min(map(len, curves))] for c in curves])
+        work = calls(paths[0]) * (np.arange(curves.shape[1]) + WINDOW) / 1000
+        line, = axis.plot(work, curves.mean(0), label=label)
+        axis.fill_between(work, curves.min(0), curves.max(0), alpha=0.15, color=line.get_color())
+    axis.set(xlabel="UNet evaluations of one picture, thousands", ylabel="unsafe pictures of unsafe prompts, %", ylim=(0, 100))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--control", nargs="*", type=Path, default=[])
-    parser.add_argument("--out", default="docs/curves.png")
+    parser.add_argument("figure", choices=("curves", "calls"))
+    parser.add_argument("runs", nargs="+", help="run folders; for calls LABEL=FOLDER,FOLDER,...")
+    parser.add_argument("--control", nargs="*", default=[], help="run folders drawn in gray")
+    parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
-    for axis, name, title in zip(axes, ("exact_unsafe", "exact_correct"),
-                                 ("unsafe pictures of unsafe prompts, %", "correct pictures of benign prompts, %")):
-        for paths, color, label in ((args.runs, "tab:blue", "steering reward (alpha 0.5)"),
-                                    (args.control, "tab:gray", "plain CLIP reward (alpha 0)")):
-            for i, path in enumerate(paths):
-                values = curve(path, name)
-                axis.plot(np.arange(len(values)) + WINDOW, values, color=color, alpha=0.8, label=label if i == 0 else None)
-        axis.set(title=title, xlabel="rollouts", ylim=(0, 100))
-        axis.grid(alpha=0.3)
-    axes[1].legend(loc="lower right")
+    figure = draw_curves(args) if args.figure == "curves" else draw_calls(args)
     figure.tight_layout()
     figure.savefig(args.out, dpi=110)
 
