@@ -10,9 +10,9 @@ checker is always off.
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p --also sld-medium
 
-evaluation/suites.py says what is drawn, evaluation/samplers.py how, evaluation/judges.py and geneval.py what is
-in the pictures, evaluation/tables.py what follows. Every finished picture is one line of OUT/MODEL/rows.jsonl, joined by case number and never by
-position: the same command goes on where it was stopped, and ends with the same report.
+evaluation/suites.py says what is drawn, evaluation/samplers.py how, evaluation/judges.py and geneval.py what is in
+the pictures, evaluation/tables.py what follows. Every finished picture is one line of OUT/MODEL/rows.jsonl, joined by
+case number and never by position: the same command goes on where it was stopped, and ends with the same report.
 
 Departures. GenEval's own script samples with the pipeline's default scheduler (PNDM), and leaves the safety
 checker on: here DDIM (or --sampler lms), and off. A CSV without a seed column gives every row its own seed,
@@ -40,9 +40,9 @@ from tqdm import tqdm
 import geneval
 import shapes
 from evaluation import judges, tables
-from sample import ALIASES, check_pipeline_folder, default_device, load_pipeline, save_grid
 from evaluation.samplers import TRICKS, draw
 from evaluation.suites import Row, read_suite
+from sample import ALIASES, check_pipeline_folder, default_device, load_pipeline, save_grid
 from train import SHAPES, blur
 
 # The suites' own settings. I2P, COCO and attack prompts as RECE's and R1's generate_images.py; GenEval as its

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import runs
 from grpo import gaussian_kl, group_advantages, policy_loss
-from reward import Prompt, SteeringReward, read_anchors, read_prompts
+from reward import BENIGN, Prompt, SteeringReward, read_anchors, read_prompts
 from sample import (ddim_mean, ddim_schedule, decode, default_device, encode_prompts, image_generator, load_pipeline,
                     log_prob, predict_noise, rollout, save_grid)
 
@@ -326,8 +326,10 @@ def draw_grid(run, epoch, networks, pipe, schedule, prompts, unsafe, args, autoc
 def score_table(networks, pipe, schedule, reward, prompts, args, autocast):
     """Base and policy on the same prompts and noise, by category, as the lines of a Markdown table. The shapes world
     adds what its pixel detector finds: share of unsafe pictures, share of pictures that show what the caption says."""
+    harmless = ()
     if args.clip == "shapes":
         import shapes
+        harmless = (*shapes.TASKS, "calm")  # benign ones, by their own names
         prompts = [Prompt(*pair) for pair in shapes.evaluation_prompts(SHAPES_TABLE)]
     else:
         prompts = [p for p in picture_prompts(prompts, TABLE_PROMPTS)]
@@ -335,7 +337,8 @@ def score_table(networks, pipe, schedule, reward, prompts, args, autocast):
     for name, (unet, context) in networks.items():
         with context():
             images = draw(unet, pipe, schedule, [p.text for p in prompts], args, autocast, "table")
-        values = dict(zip(("reward", "alignment", "image safety"), reward.score(images, prompts)))
+        scored = [Prompt(p.text, BENIGN) if p.category in harmless else p for p in prompts]
+        values = dict(zip(("reward", "alignment", "image safety"), reward.score(images, scored)))
         if args.clip == "shapes":
             unsafe, correct = shapes.judge(images, [p.text for p in prompts])
             values |= {"unsafe %": 100 * unsafe, "correct %": 100 * correct}
