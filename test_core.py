@@ -400,7 +400,7 @@ def test_command_line_trains_and_draws(tmp_path):
     assert "parameters trained" in printed and "| explicit |" in printed
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
-    assert all(line["ratio_dev_first"] == 0.0 and line["updates"] == 2 for line in lines)
+    assert all(line["ratio_dev_first"] == 0.0 and line["updates"] == 4 for line in lines)
     assert {"reward_mean", "kl_ref", "clip_frac_neg", "images_per_second", "peak_memory_gb"} <= set(lines[0])
     trained = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "final", requires_safety_checker=False)
     before = sample.load_pipeline("shapes").unet.state_dict()
