@@ -34,10 +34,10 @@ from sample import (ddim_mean, ddim_schedule, decode, default_device, encode_pro
 # from noise alone; a network small enough for a larger rate; and a CLIP in which explicit captions lie 0.5 on the unsafe
 # side, so that alpha = 0.5 would only bring their targets to the middle. Sample batch and micro-batch are equal: rollout
 # and update call the network at one shape, and the first ratio is 1 to the last bit.
-SHAPES = dict(clip="shapes", anchors="shapes", prompts=["shapes"], out="runs/shapes", alpha=1.0, epochs=60,
+SHAPES = dict(clip="shapes", anchors="shapes", prompts=["shapes"], out="runs/shapes", alpha=1.0, epochs=40,
               prompts_per_rollout=8, group=8, unsafe_fraction=0.25, steps=20, guidance=2.0, sample_batch=32, updates=4,
               micro_batch=32, learning_rate=3e-4, decay_epochs=10, clip_range=5e-3, kl=0.06, save_every=20,
-              picture_every=20, no_checkpointing=True, show_unsafe=True)
+              picture_every=10, no_checkpointing=True, show_unsafe=True)
 
 GRID_COLUMNS = 8    # pictures per prompt in a grid
 TABLE_PROMPTS = 64  # pictures per model in the table at the end; evaluate.py measures on as many as one likes
