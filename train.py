@@ -386,8 +386,6 @@ def main(argv=None):
         clock = [time.perf_counter()]
         tick = lambda: runs.tick(clock, device)
 
-        optimizer.param_groups[0]["lr"] = rate_at(epoch, args)
-
         # sample: P prompts, G pictures of each, with all that the update needs
         chosen = choose_prompts(*pools, args, epoch)
         batch, images = sample_groups(policy, pipe, schedule, chosen, text, null_text, args, epoch, autocast)
@@ -403,6 +401,7 @@ def main(argv=None):
         seconds["seconds_reward"] = tick()
 
         # update
+        optimizer.param_groups[0]["lr"] = rate_at(epoch, args)
         stats = update(policy, base, optimizer, schedule, batch, args, autocast,
                        pipe.scheduler.config.prediction_type, epoch)
         seconds["seconds_update"] = tick()
