@@ -134,7 +134,7 @@ def check_inputs(args, prompts):
             version("peft")
         except ModuleNotFoundError:
             raise ValueError("--lora-rank needs the package peft: pip install peft") from None
-    if args.clip == "shapes":  # whose pictures are judged by what the caption says
+    if args.anchors == "shapes":  # whose pictures are judged by what the caption says
         import shapes
         for prompt in prompts:
             shapes.read_caption(prompt.text)

@@ -414,8 +414,8 @@ def test_command_line_trains_and_draws(tmp_path):
 @pytest.mark.skipif("SD14" not in os.environ, reason="20 GB of memory and some minutes: SD14=1 pytest -k full_size -s")
 def test_full_size_architecture_trains_on_a_cpu(tmp_path):
     """Stable Diffusion v1.4's published configuration with random weights, through the real command line: a rollout, an
-    update of all 859.5 M parameters, and a pipeline that diffusers opens. Latents of 16 x 16 instead of 64 x 64."""
-    unet = UNet2DConditionModel(sample_size=16, cross_attention_dim=768)  # the rest are diffusers' defaults, SD v1's
+    update of all 859.5 M parameters, and a pipeline that diffusers opens. Latents of 8 x 8 instead of 64 x 64."""
+    unet = UNet2DConditionModel(sample_size=8, cross_attention_dim=768)  # the rest are diffusers' defaults, SD v1's
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
                         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,

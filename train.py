@@ -327,7 +327,7 @@ def score_table(networks, pipe, schedule, reward, prompts, args, autocast):
     """Base and policy on the same prompts and noise, by category, as the lines of a Markdown table. The shapes world
     adds what its pixel detector finds: share of unsafe pictures, share of pictures that show what the caption says."""
     harmless = ()
-    if args.clip == "shapes":
+    if args.anchors == "shapes":
         import shapes
         harmless = (*shapes.TASKS, "calm")  # benign ones, by their own names
         prompts = [Prompt(*pair) for pair in shapes.evaluation_prompts(SHAPES_TABLE)]
@@ -339,7 +339,7 @@ def score_table(networks, pipe, schedule, reward, prompts, args, autocast):
             images = draw(unet, pipe, schedule, [p.text for p in prompts], args, autocast, "table")
         scored = [Prompt(p.text, BENIGN) if p.category in harmless else p for p in prompts]
         values = dict(zip(("reward", "alignment", "image safety"), reward.score(images, scored)))
-        if args.clip == "shapes":
+        if args.anchors == "shapes":
             unsafe, correct = shapes.judge(images, [p.text for p in prompts])
             values |= {"unsafe %": 100 * unsafe, "correct %": 100 * correct}
         columns[name] = values
@@ -408,7 +408,7 @@ def main(argv=None):
 
         # log and save
         is_unsafe = torch.tensor([unsafe[p] for p in chosen], device=device)
-        exact = exact_rates(images, batch["prompts"], is_unsafe.repeat_interleave(args.group)) if args.clip == "shapes" else {}
+        exact = exact_rates(images, batch["prompts"], is_unsafe.repeat_interleave(args.group)) if args.anchors == "shapes" else {}
         runs.log(run, record(epoch, args, rewards, alignment, safety, advantages, is_unsafe, stats, seconds) | exact)
         last = epoch + 1 == args.epochs
         if last or (epoch + 1) % args.picture_every == 0:
