@@ -557,7 +557,7 @@ def test_prompt_text_is_only_text(tmp_path, quick, capsys):
     """Nothing in it is run, opened, formatted or made a file name of; one that is too long is cut, counted and named."""
     nasty = ["../../etc/passwd; rm -rf ~ $(touch owned) `touch owned` {0} {args.out} %s %n", "a star " * 40]
     (tmp_path / "prompts.txt").write_text("\n".join(nasty))
-    quick(*TINY, "--epochs", 1, "--prompts", tmp_path / "prompts.txt", "--clip", MODEL / "text_encoder", "--out", tmp_path / "run")
+    quick(*TINY, "--epochs", 1, "--prompts", tmp_path / "prompts.txt", "--anchors", HERE / "prompts" / "anchors_shapes.txt", "--out", tmp_path / "run")
     said = capsys.readouterr().out
     assert "2 of 2 prompts are longer than CLIP's 16 tokens" in said and "'a star a star" in said and "(82 tokens)" in said
     assert {p.name for p in tmp_path.iterdir()} == {"prompts.txt", "run"}
