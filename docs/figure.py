@@ -48,7 +48,7 @@ def draw_curves(args):
                 axis.plot(np.arange(len(values)) + WINDOW, values, color=color, alpha=0.8, label=label if i == 0 else None)
         axis.set(title=title, xlabel="rollouts", ylim=(0, 100))
         axis.grid(alpha=0.3)
-    axes[0].legend(loc="upper right")
+    axes[1].legend(loc="lower right")
     return figure
 
 
