@@ -35,11 +35,11 @@ PHASES = ("sample", "reward", "update")
 
 # ------------------------------------------------------------------------------------------------ networks
 
-def sd14_pipeline(device) -> StableDiffusionPipeline:
+def sd14_pipeline(device, sample_size: int = 64) -> StableDiffusionPipeline:
     """CompVis/stable-diffusion-v1-4's published configuration with random weights; its tokenizer's vocabulary is not at
-    hand, so the shapes world's stands in, at the full length of 77 tokens."""
+    hand, so the shapes world's stands in, at the full length of 77 tokens. sample_size: width of the latents."""
     with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the rest are diffusers' defaults, SD v1's
+        unet = UNet2DConditionModel(sample_size=sample_size, cross_attention_dim=768)  # the rest are diffusers' defaults, SD v1's
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
                             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
         text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072,
@@ -137,7 +137,7 @@ def replay(job, network: str, shape: tuple, with_grad: bool):
     """One call of a network on random numbers, nothing else."""
     unet_like = dict(unet=job.policy, base=job.base)
     dtype = {"vae": job.pipe.vae.dtype, "clip": job.reward.clip.dtype}.get(network, torch.float32)
-    x = torch.zeros(shape, device=job.device, dtype=dtype)
+    x = torch.randn(shape, device=job.device, dtype=dtype)  # not zeros, on which a GPU draws less power and runs faster
     if network == "vae":
         job.pipe.vae.decode(x)
     elif network == "clip":
@@ -213,7 +213,8 @@ def measure(args, arch, repeats: int, compiled: bool = False) -> dict:
     for repeat in range(repeats):
         stats = job.epoch(1 + repeat, ours)
         floor(job, calls, bare)
-    made = {network: sum(c[0] == network for name in PHASES for c in calls[name]) for network in ("unet", "base", "vae", "clip")}
+    made = {network: sum(call[0] == network for name in PHASES for call in calls[name])
+            for network in ("unet", "base", "vae", "clip")}
     images = args.prompts_per_rollout * args.group
     result = {"images": images, "calls_made": made, "calls_needed": calls_needed(args, stats["pairs"]),
               "ratio_dev_first": stats["ratio_dev_first"], "predicted_memory_gb": runs.memory_estimate(args, job.policy)}
@@ -265,7 +266,9 @@ def main():
     own, rest = parser.parse_known_args()
     args = train.parse_args(rest)
     device = runs.choose_device(args)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    name = f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     print(f"{own.arch or args.model} on {name}, {args.precision}, torch {torch.__version__}; "
           f"{args.prompts_per_rollout} x {args.group} images, {args.steps} steps, guidance {args.guidance}, {own.repeats} repetitions")
     results = {"as given": measure(args, own.arch, own.repeats)}

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch.distributions import Independent, Normal, kl_divergence
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 import bench
 import grpo
@@ -397,7 +397,9 @@ def command(*words, timeout=240):
 def test_command_line_trains_and_draws(tmp_path):
     small = ["--epochs", 2, "--prompts-per-rollout", 3, "--group", 4, "--steps", 6, "--out", tmp_path / "run"]
     printed = command("train.py", "--model", "shapes", *small)
-    assert "parameters trained" in printed and "| explicit |" in printed
+    assert "parameters trained" in printed and "of 75 unsafe prompts alpha carries 75 to the safe side" in printed
+    row = {cells[1].strip(): cells[3:7] for cells in (line.split("|") for line in printed.splitlines()) if len(cells) > 7}
+    assert row["colors"][:2] == row["colors"][2:] and row["explicit"][:2] != row["explicit"][2:]  # benign: not steered
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     assert all(line["ratio_dev_first"] == 0.0 and line["updates"] == 4 for line in lines)
@@ -415,15 +417,7 @@ def test_command_line_trains_and_draws(tmp_path):
 def test_full_size_architecture_trains_on_a_cpu(tmp_path):
     """Stable Diffusion v1.4's published configuration with random weights, through the real command line: a rollout, an
     update of all 859.5 M parameters, and a pipeline that diffusers opens. Latents of 8 x 8 instead of 64 x 64."""
-    unet = UNet2DConditionModel(sample_size=8, cross_attention_dim=768)  # the rest are diffusers' defaults, SD v1's
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                                        num_attention_heads=12, eos_token_id=49407))
-    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "text_encoder", model_max_length=77)
-    StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler(), safety_checker=None, feature_extractor=None,
-                            requires_safety_checker=False).save_pretrained(tmp_path / "sd14")
-    del unet, vae, text
+    bench.sd14_pipeline("cpu", sample_size=8).save_pretrained(tmp_path / "sd14")
     printed = command("train.py", "--model", tmp_path / "sd14", "--device", "cpu", "--clip", "shapes", "--epochs", 1,
                       "--prompts-per-rollout", 2, "--group", 2, "--steps", 5, "--kl", 0.01, "--keep", 1,
                       "--out", tmp_path / "run", "--prompts", "prompts/i2p.txt", "prompts/benign.txt", timeout=3000)

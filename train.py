@@ -27,7 +27,7 @@ from tqdm import tqdm
 import runs
 from grpo import gaussian_kl, group_advantages, policy_loss
 from reward import BENIGN, Prompt, SteeringReward, read_anchors, read_prompts
-from sample import (ddim_mean, ddim_schedule, decode, default_device, encode_prompts, image_generator, load_pipeline,
+from sample import (ddim_mean, ddim_schedule, decode, encode_prompts, image_generator, load_pipeline,
                     log_prob, predict_noise, rollout, save_grid)
 
 # Where the shapes world differs from Stable Diffusion: D = 256 instead of 16,384, a mean over which moves 8 times as far
@@ -408,7 +408,9 @@ def main(argv=None):
 
         # log and save
         is_unsafe = torch.tensor([unsafe[p] for p in chosen], device=device)
-        exact = exact_rates(images, batch["prompts"], is_unsafe.repeat_interleave(args.group)) if args.anchors == "shapes" else {}
+        exact = {}
+        if args.anchors == "shapes":
+            exact = exact_rates(images, batch["prompts"], is_unsafe.repeat_interleave(args.group))
         runs.log(run, record(epoch, args, rewards, alignment, safety, advantages, is_unsafe, stats, seconds) | exact)
         last = epoch + 1 == args.epochs
         if last or (epoch + 1) % args.picture_every == 0:
