@@ -66,15 +66,16 @@ def vit_h14(device, dtype):
 
 
 class Job:
-    """All that an epoch needs, built as train.main builds it, and the epoch itself."""
+    """All that an epoch needs, built as train.main builds it, and the epoch itself. latents: 0, or their width with random
+    weights of SD v1.4's shapes in place of args.model and args.clip."""
 
-    def __init__(self, args, arch: str | None, compiled: bool = False):
+    def __init__(self, args, latents: int, compiled: bool = False):
         self.args, self.device = args, torch.device(args.device)
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        clip = vit_h14(self.device, dtype) if arch else args.clip
+        clip = vit_h14(self.device, dtype) if latents else args.clip
         self.reward = SteeringReward(clip, read_anchors(args.anchors), args.alpha, args.direction == "unit", args.steer,
                                      self.device, dtype)
-        self.pipe = sd14_pipeline(self.device) if arch else load_pipeline(args.model, self.device)
+        self.pipe = sd14_pipeline(self.device, latents) if latents else load_pipeline(args.model, self.device)
         prompts = read_prompts(args.prompts)
         unsafe = [self.reward.is_unsafe(p) for p in prompts]
         self.pools = [[p for p, u in zip(prompts, unsafe) if u == side] for side in (True, False)]
@@ -198,9 +199,9 @@ class Clock:
         self.seconds[name].append(time.perf_counter() - start)
 
 
-def measure(args, arch, repeats: int, compiled: bool = False) -> dict:
+def measure(args, latents: int, repeats: int, compiled: bool = False) -> dict:
     """One configuration: program and floor in turn, after one epoch of each to warm up."""
-    job = Job(args, arch, compiled)
+    job = Job(args, latents, compiled)
     calls, ours, bare = {name: [] for name in PHASES}, Clock(job.device), Clock(job.device)
 
     @contextmanager
@@ -260,10 +261,12 @@ def main():
     parser = argparse.ArgumentParser(description="Time an epoch against bare network calls. Other flags: see train.py.",
                                      allow_abbrev=False)
     parser.add_argument("--arch", choices=("sd14",), help="random weights at this size instead of --model")
+    parser.add_argument("--latents", type=int, default=64, help="their width with --arch; 8 lets a CPU try it")
     parser.add_argument("--repeats", type=int, default=5, help="epochs measured, program and floor in turn")
     parser.add_argument("--table", action="store_true", help="also vary micro-batch, sampling batch, ... one at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
     own, rest = parser.parse_known_args()
+    latents = own.latents if own.arch else 0
     args = train.parse_args(rest)
     device = runs.choose_device(args)
     name = f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
@@ -271,14 +274,14 @@ def main():
         name = torch.cuda.get_device_name()
     print(f"{own.arch or args.model} on {name}, {args.precision}, torch {torch.__version__}; "
           f"{args.prompts_per_rollout} x {args.group} images, {args.steps} steps, guidance {args.guidance}, {own.repeats} repetitions")
-    results = {"as given": measure(args, own.arch, own.repeats)}
+    results = {"as given": measure(args, latents, own.repeats)}
     print_result(results["as given"])
     if own.table:
         print(f"\n| variant | sample s | update s | epoch s | epoch / floor | images/s | peak GB |\n{'|---' * 7}|")
         for label, (changes, compiled) in {"as given": ({}, False), **variants(args)}.items():
             if label not in results:
                 changed = argparse.Namespace(**vars(args) | changes)
-                results[label] = measure(changed, own.arch, own.repeats, compiled)
+                results[label] = measure(changed, latents, own.repeats, compiled)
             r = results[label]
             print(f"| {label} | " + " | ".join(spread(r[name]["seconds"]) for name in ("sample", "update", "epoch"))
                   + f" | {spread(r['epoch']['ratio'])} | {r['epoch']['images_per_second']:.3g} "

@@ -237,6 +237,11 @@ def check_pipeline_folder(path: Path):
 
 
 @torch.no_grad()
+def latent_shape(unet):
+    """(C, h, w) of a UNet's latents."""
+    return unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
+
+
 def encode_prompts(pipe, prompts: list[str]):
     """The text encoder's states for the UNet, truncated or padded to its length as in training: (N, L, d) float32."""
     tokens = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True,
@@ -280,12 +285,10 @@ def pictures(pipe, prompts: list[str], seeds: list[int], steps: int, eta: float,
     device, unet = pipe.unet.device, pipe.unet
     schedule = ddim_schedule(pipe.scheduler, steps, eta).to(device)
     text = encode_prompts(pipe, prompts).repeat_interleave(len(seeds), 0)
-    size = unet.config.sample_size
     generators = [image_generator(seed, "sample") for _ in prompts for seed in seeds]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        drawn = rollout(unet, schedule, text, encode_prompts(pipe, [""]), guidance, generators,
-                        (unet.config.in_channels, size, size), pipe.scheduler.config.prediction_type, batch_size,
-                        keep=False)
+        drawn = rollout(unet, schedule, text, encode_prompts(pipe, [""]), guidance, generators, latent_shape(unet),
+                        pipe.scheduler.config.prediction_type, batch_size, keep=False)
         return decode(pipe.vae, drawn.latents[:, -1], batch_size)
 
 

@@ -435,7 +435,7 @@ def test_bench_counts_the_calls_that_are_needed(flags):
     args = train.parse_args(["--model", "shapes", "--device", "cpu", "--prompts-per-rollout", "3", "--group", "3", "--steps", "5",
                              "--micro-batch", "4", "--sample-batch", "5", "--timestep-fraction", "1", "--updates", "2", *flags])
     runs.choose_device(args)
-    result = bench.measure(args, None, repeats=1)
+    result = bench.measure(args, 0, repeats=1)
     micro = 4 + 4  # 9 pictures of 3 transitions in two shares of 14 and 13, four at a time
     reference = 0 if "--kl" in flags else micro
     lora = "--lora-rank" in flags
