@@ -42,8 +42,9 @@ import shapes
 from evaluation import judges, tables
 from evaluation.samplers import TRICKS, draw
 from evaluation.suites import Row, read_suite
+from report import blur
 from sample import ALIASES, check_pipeline_folder, default_device, load_pipeline, save_grid
-from train import SHAPES, blur
+from train import SHAPES
 
 # The suites' own settings. I2P, COCO and attack prompts as RECE's and R1's generate_images.py; GenEval as its
 # generation/diffusers_generate.py (guidance 9, seed 42 for every prompt); shapes as train.py samples.
