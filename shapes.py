@@ -462,6 +462,7 @@ def train_unet(folder: Path, seed: int, steps: int, batch: int = 128, pictures: 
     torch.manual_seed(seed)
     rng = random.Random(seed)
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
+    vae.register_to_config(_name_or_path="vae")  # not the folder of this machine
     tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
     text_encoder = CLIPTextModel.from_pretrained(folder / "clip", dtype=torch.float32)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -549,7 +550,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clip-steps", type=int, default=3000)
     parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--unet-steps", type=int, default=5500)
+    parser.add_argument("--unet-steps", type=int, default=5000)
     parser.add_argument("--report", action="store_true", help="only measure the networks that are there")
     parser.add_argument("--prompts", action="store_true", help="only write prompts/shapes.txt")
     args = parser.parse_args()
