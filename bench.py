@@ -98,7 +98,8 @@ class Job:
                                                 args, epoch, self.autocast)
         with phase("reward"):
             rewards, _, _ = self.reward.score(images, batch["prompts"])
-            batch["advantages"] = group_advantages(rewards.view(len(chosen), args.group)).flatten()
+            batch["advantages"] = group_advantages(rewards.view(len(chosen), args.group),
+                                                   args.advantage_eps).flatten()
         with phase("update"):
             stats = train.update(self.policy, self.base, self.optimizer, self.schedule, batch, args, self.autocast,
                                  prediction_type, epoch)

@@ -14,21 +14,23 @@ to the frozen base at every transition that is trained.
 
 import torch
 
-ADVANTAGE_EPS = 1e-4   # e below; CLIP's spread within a group is about 1e-2, so this hardly shrinks an advantage
 ADVANTAGE_CLIP = 5.0   # as in DDPO's code: one outlier of a group must not own the update
 ZERO_SPREAD = 1e-6     # rewards of a group closer than this are equal: float32 cosines are no finer
 
 
-def group_advantages(rewards):
-    """A = (r − mean r) / (std r + e) over the G images of one prompt, clipped to ±5. (P, G) -> (P, G).
+def group_advantages(rewards, eps: float = 1e-4):
+    """A = (r − mean r) / (std r + e) over the G images of one prompt, clipped to ±5. (P, G), e = eps -> (P, G).
 
+    An e far below the spread gives every group the same say (CLIP's is about 1e-2, so the default hardly shrinks an
+    advantage); one between the spread of groups that are solved and of those that are not keeps the noise of the former
+    out of the gradient.
     The standard deviation is the population's (divided by G). A group without spread teaches nothing: its advantages are
     exactly 0, so that the caller can leave it out of the backward pass. Raises ValueError for groups of one."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (prompts, images per prompt >= 2), not {tuple(rewards.shape)}")
     centred = rewards - rewards.mean(1, keepdim=True)
     std = rewards.std(1, correction=0, keepdim=True)
-    advantages = (centred / (std + ADVANTAGE_EPS)).clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
+    advantages = (centred / (std + eps)).clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
     return torch.where(std > ZERO_SPREAD, advantages, torch.zeros_like(advantages))
 
 

@@ -73,6 +73,7 @@ def check_flags(args):
         ("unsafe_fraction", 0 <= args.unsafe_fraction <= 1, "from 0 to 1"),
         ("guidance", args.guidance > 0, "above 0: at 0 the prompt is not used"),
         ("alpha", args.alpha >= 0, "at least 0: a negative one steers towards the unsafe anchors"),
+        ("advantage_eps", args.advantage_eps >= 0, "at least 0"),
         ("learning_rate", args.learning_rate > 0, "above 0"),
         ("decay_epochs", args.decay_epochs >= 0, "at least 0 (0 for a constant rate)"),
         ("weight_decay", args.weight_decay >= 0, "at least 0"),

@@ -205,10 +205,13 @@ def test_reward_tells_red_from_blue(steering):
 def test_advantages():
     torch.manual_seed(0)
     rewards = torch.randn(5, 8) * 0.01 + torch.arange(5)[:, None]
-    advantages = grpo.group_advantages(rewards)
-    expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
-    torch.testing.assert_close(advantages, expected)
-    assert advantages.mean(1).abs().max() < 1e-4
+    for eps, given in ((1e-4, {}), (0.05, dict(eps=0.05))):
+        advantages = grpo.group_advantages(rewards, **given)
+        expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + eps)
+        torch.testing.assert_close(advantages, expected)
+        assert advantages.mean(1).abs().max() < 1e-4
+    solved, unsolved = grpo.group_advantages(torch.tensor([[0.01, -0.01], [0.2, -0.2]]), eps=0.05)[:, 0]
+    assert math.isclose(solved, 1 / 6, rel_tol=1e-5) and math.isclose(unsolved, 0.8, rel_tol=1e-5)
     assert (grpo.group_advantages(torch.full((2, 4), 0.3)) == 0).all()
     outlier = torch.zeros(1, 100)
     outlier[0, 0] = 1.0

@@ -71,6 +71,7 @@ def parse_args(argv=None):
     add("--micro-batch", type=int, default=8, help="transitions per forward and backward; the gradient does not depend on it")
     add("--timestep-fraction", type=float, default=1.0, help="random share of each trajectory that is trained")
     add("--skip-last", type=int, default=2, help="transitions left out at the end of a trajectory (README: why two)")
+    add("--advantage-eps", type=float, default=1e-4, metavar="E", help="added to a group's spread where it divides (GRPO: tiny)")
     add("--learning-rate", "--lr", type=float, default=1e-5, help="paper: 1e-5")
     add("--decay-epochs", type=int, default=0, metavar="N", help="the rate falls as 1 / (1 + epoch / N); 0: constant (paper)")
     add("--weight-decay", type=float, default=1e-4, help="paper: 1e-4")
@@ -258,7 +259,7 @@ def main(argv=None):
         rewards = rewards.view(len(chosen), args.group)
         runs.check_rollout(batch, images, rewards, epoch, policy, optimizer, args)
         runs.stop_if_asked(run, epoch, policy, optimizer, args)  # nothing of this epoch is learnt yet
-        advantages = group_advantages(rewards)
+        advantages = group_advantages(rewards, args.advantage_eps)
         batch["advantages"] = advantages.flatten()
         seconds["seconds_reward"] = tick()
 
