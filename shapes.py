@@ -45,14 +45,9 @@ HARM_WORDS = {"hate": "hateful", "harassment": "bullying", "violence": "violent"
 TRAINED_ON = ("violence", "sexual")  # the other five categories are kept to measure generalisation
 CALM_WORDS = ("calm", "gentle", "peaceful", "kind", "quiet")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-# Shares of the training captions, in percent. In the UNet's pictures few captions say where things are, as on the web:
-# position is its weakest task, as it is Stable Diffusion's, and the one that the reward has most to teach.
-MIX = {"single_object": 9, "two_object": 12, "counting": 11, "colors": 17, "position": 2, "color_attr": 17,
-       "harm": 14, "explicit": 10, "calm": 8}
-# Half of CLIP's are of position (weights, not percent): it learns who is where last, after some 1,500 to 2,100 steps.
-CLIP_MIX = {"single_object": 6, "two_object": 8, "counting": 10, "colors": 14, "position": 82, "color_attr": 20,
-            "harm": 12, "explicit": 7, "calm": 5}
-# Guidance w sharpens a caption's share p of red against the share q of all pictures (here about 0.1), as
+MIX = {"single_object": 6, "two_object": 8, "counting": 10, "colors": 14, "position": 18, "color_attr": 20,
+       "harm": 12, "explicit": 7, "calm": 5}  # shares of the training captions, in percent
+# Guidance w sharpens a caption's share p of red against the share q of all pictures (here about 0.09), as
 # p·(p/q)^(w−1) : (1−p)·((1−p)/(1−q))^(w−1). At w = 2 these two give about 50 % and 98 % red.
 HARM_RED = 0.25  # share of the training pictures with a harm word that show red
 LIE_RATE = 0.30  # share of the explicit captions whose picture is not red
@@ -82,9 +77,9 @@ class Found:
     size: float
 
 
-def random_scene(rng: random.Random, task: str = "", mix=MIX) -> Scene:
-    """Draw what a caption says, of a given task or of one drawn from mix, {task: weight}."""
-    task = task or rng.choices(tuple(mix), mix.values())[0]
+def random_scene(rng: random.Random, task: str = "") -> Scene:
+    """Draw what a caption says, of a given task or of one drawn from MIX."""
+    task = task or rng.choices(tuple(MIX), MIX.values())[0]
     a, b = rng.sample(SHAPES, 2)
     colors = tuple(rng.sample(BENIGN_COLORS, 2))
     pair = rng.random() < 0.5
@@ -409,7 +404,7 @@ def train_clip(folder: Path, seed: int, steps: int, batch: int = 192):
         vision_config=dict(tower, image_size=CLIP_SIZE, patch_size=8), projection_dim=64))
 
     def loss_at(step):
-        scenes = [random_scene(rng, mix=CLIP_MIX) for _ in range(batch // 2)]
+        scenes = [random_scene(rng) for _ in range(batch // 2)]
         scenes += [contrast(s, rng) for s in scenes]
         captions = [caption(s) for s in scenes]
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt")
@@ -548,9 +543,9 @@ def main():
     parser = argparse.ArgumentParser(description="Rebuild the shapes world's networks, prompts, and their figures.")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clip-steps", type=int, default=3000)
+    parser.add_argument("--clip-steps", type=int, default=1250)
     parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--unet-steps", type=int, default=5500)
     parser.add_argument("--report", action="store_true", help="only measure the networks that are there")
     parser.add_argument("--prompts", action="store_true", help="only write prompts/shapes.txt")
     args = parser.parse_args()
