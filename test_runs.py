@@ -75,8 +75,8 @@ def wait_for(fine, process, seconds=300):
 @pytest.fixture
 def quick(monkeypatch):
     """train.main in this process, without the pictures and the table at the end."""
-    monkeypatch.setattr(train, "draw_grid", lambda *_: None)
-    monkeypatch.setattr(train, "score_table", lambda *_: ["no table"])
+    monkeypatch.setattr(train.report, "draw_grid", lambda *_: None)
+    monkeypatch.setattr(train.report, "score_table", lambda *_: ["no table"])
     monkeypatch.setattr(sys, "argv", ["train.py"])
     return lambda *argv: train.main([str(word) for word in argv])
 
