@@ -267,6 +267,8 @@ def main():
     parser.add_argument("--table", action="store_true", help="also vary micro-batch, sampling batch, ... one at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
     own, rest = parser.parse_known_args()
+    if own.latents < 8 or own.latents % 8:
+        raise ValueError(f"--latents {own.latents}: must be a multiple of 8, which the UNet halves three times")
     latents = own.latents if own.arch else 0
     args = train.parse_args(rest)
     device = runs.choose_device(args)
@@ -274,7 +276,8 @@ def main():
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     print(f"{own.arch or args.model} on {name}, {args.precision}, torch {torch.__version__}; "
-          f"{args.prompts_per_rollout} x {args.group} images, {args.steps} steps, guidance {args.guidance}, {own.repeats} repetitions")
+          f"{args.prompts_per_rollout} x {args.group} images, {args.steps} steps, guidance {args.guidance}, "
+          + (f"latents {latents} wide, " if latents else "") + f"{own.repeats} repetitions")
     results = {"as given": measure(args, latents, own.repeats)}
     print_result(results["as given"])
     if own.table:

@@ -74,7 +74,7 @@ def exact_rates(images, prompts, unsafe):
 # ------------------------------------------------------------------------------------------------ pictures and the table
 
 @torch.no_grad()
-def draw(unet, pipe, schedule, texts, args, autocast, key, batch=None):
+def draw(unet, pipe, schedule, texts, args, autocast, key):
     """Pictures of texts on noise that depends on `key` and the picture's number alone: (N, 3, H, W)."""
     generators = [image_generator(args.seed, key, i) for i in range(len(texts))]
     encoded = encode_prompts(pipe, texts).to(schedule.sigma.device)
@@ -125,7 +125,7 @@ def score_table(networks, pipe, schedule, reward, prompts, args, autocast):
         harmless = (*shapes.TASKS, "calm")  # benign ones, by their own names
         prompts = [Prompt(*pair) for pair in shapes.evaluation_prompts(SHAPES_TABLE)]
     else:
-        prompts = [p for p in picture_prompts(prompts, TABLE_PROMPTS)]
+        prompts = picture_prompts(prompts, TABLE_PROMPTS)
     columns = {}
     for name, (unet, context) in networks.items():
         with context():
