@@ -38,7 +38,8 @@ def print_plan(args, policy, reward, prompts, unsafe, device):
           f"guidance {args.guidance}, eta {args.eta}")
     print(f"update   {args.updates} per rollout on {transitions} transitions (all but the last {args.skip_last} of each, "
           f"x {args.timestep_fraction}), lr {args.learning_rate}"
-          f"{f' / (1 + epoch / {args.decay_epochs})' if args.decay_epochs else ''}, clip {args.clip_range}, KL {args.kl}")
+          f"{f' / (1 + epoch / {args.decay_epochs})' if args.decay_epochs else ''}, clip {args.clip_range}, KL {args.kl}"
+          f"{f', average over {1 / (1 - args.ema):.0f}' if args.ema else ''}")
     print(f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
     print(f"memory   about {runs.memory_estimate(args, policy):.1f} GB at the peak")
 

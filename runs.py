@@ -80,6 +80,7 @@ def check_flags(args):
         ("clip_range", 0 < args.clip_range < 1, "above 0 and below 1"),
         ("kl", args.kl >= 0, "at least 0"),
         ("max_grad_norm", args.max_grad_norm > 0, "above 0"),
+        ("ema", 0 <= args.ema < 1, "at least 0 and below 1 (0 for no average)"),
         ("lora_rank", args.lora_rank >= 0, "at least 0 (0 trains the whole UNet)")]
     for name, fine, say in rules:
         if not fine:
@@ -259,10 +260,11 @@ def weights(policy, args) -> dict:
 
 
 def state(policy, optimizer, args) -> list:
-    """Every tensor of a checkpoint. Before its first step AdamW has none: two moments per weight are on their way."""
+    """Every tensor of a checkpoint. Before its first step AdamW has none: two moments per weight, and its average, are on
+    their way."""
     learnt = list(weights(policy, args).values())
     moments = [t for values in optimizer.state.values() for t in values.values()]
-    return learnt + (moments or 2 * learnt)
+    return learnt + (moments or (3 if args.ema else 2) * learnt)
 
 
 def tensor_bytes(tensor) -> int:
@@ -533,7 +535,7 @@ def memory_estimate(args, policy) -> float:
     """GB at the peak of a run, to be printed before it starts; arithmetic, not yet calibrated on a GPU.
 
     N weights, n of them trained, p bytes per number of the UNet's compute (2 for bf16, 4 for float32):
-      weights, gradients, two Adam moments   4·N + 12·n, all float32
+      weights, gradients, two Adam moments   4·N + 12·n, all float32; 4·n more for the average of --ema
       weights as autocast caches them        2·N for bf16
       the frozen base                        p·N; none under LoRA
       text encoder and VAE, CLIP             4 bytes and (on a GPU) 2 bytes each: SD_PARTS, and CLIP's configuration
@@ -546,7 +548,7 @@ def memory_estimate(args, policy) -> float:
     config, total = unet.config, sum(p.numel() for p in unet.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     p = 2 if args.precision == "bf16" else 4
-    fixed = 4 * total + 12 * trained + (2 * total if p == 2 else 0) + (0 if args.lora_rank else p * total)
+    fixed = 4 * total + (16 if args.ema else 12) * trained + (2 * total if p == 2 else 0) + (0 if args.lora_rank else p * total)
     clip = AutoConfig.from_pretrained(reward.ALIASES.get(args.clip, args.clip))
     towers = sum(t.num_hidden_layers * (4 * t.hidden_size**2 + 2 * t.hidden_size * t.intermediate_size)
                  for t in (clip.text_config, clip.vision_config)) + clip.text_config.vocab_size * clip.text_config.hidden_size

@@ -312,6 +312,25 @@ def test_groups_without_spread_are_left_out():
     assert stats["pairs"] == 4 * 4
 
 
+def test_average_of_the_policy():
+    """Uniform while it is young, then exponential, of the weights after each epoch; swapped in and out to the bit."""
+    weight = torch.nn.Parameter(torch.randn(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    train.average_weights(optimizer, 0, 0.75)  # no step so far: the weights are still the base's
+    with train.averaged(optimizer):
+        assert not optimizer.state
+    seen, expected = [], None
+    for epoch in range(8):
+        weight.grad = torch.randn(3)
+        optimizer.step()
+        train.average_weights(optimizer, epoch, 0.75)
+        seen.append(weight.detach().clone())
+        expected = torch.stack(seen).mean(0) if epoch < 4 else 0.75 * expected + 0.25 * seen[-1]
+        with train.averaged(optimizer):
+            torch.testing.assert_close(weight.data, expected)
+        assert torch.equal(weight, seen[-1])
+
+
 def test_lora_base_is_the_adapter_switched_off():
     pytest.importorskip("peft")
     args = args_for(lora_rank=4, precision="float32", no_checkpointing=True)

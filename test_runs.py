@@ -254,6 +254,15 @@ def test_the_rate_falls_with_the_epochs(undisturbed):
         assert lines(undisturbed)[done - 1]["lr"] == state["param_groups"][0]["lr"]
 
 
+def test_final_is_the_average_of_the_policy(undisturbed):
+    """Two epochs, so the plain mean of both; sampling went on with the policy itself."""
+    file = "unet/diffusion_pytorch_model.safetensors"
+    one, two, final = (load_file(undisturbed / name / file) for name in ("checkpoint-000001", "checkpoint-000002", "final"))
+    for name in final:
+        torch.testing.assert_close(final[name], (one[name] + two[name]) / 2, rtol=0, atol=1e-8)
+    assert any(not torch.equal(one[name], two[name]) for name in final)
+
+
 CHANGED = [(["--learning-rate", "1e-3"], f"--learning-rate: was {train.SHAPES['learning_rate']}, is 0.001"), (["--seed", "1"], "--seed: was 0, is 1"),
            (["--group", "3"], "--group: was 2, is 3"), (["--steer", "all"], "--steer: was unsafe, is all"),
            (["--prompts", str(HERE / "prompts" / "shapes.txt"), "shapes"], "--prompts: was "),
@@ -382,7 +391,7 @@ def test_disk_that_is_really_full(small, share):
 
 def test_adapters_are_saved_in_diffusers_layout_and_continued(tmp_path, quick):
     pytest.importorskip("peft")
-    lora = [*TINY, "--lora-rank", 2, "--learning-rate", "1e-2"]
+    lora = [*TINY, "--lora-rank", 2, "--learning-rate", "1e-2", "--ema", 0]
     quick(*lora, "--out", tmp_path / "whole")
     quick(*lora, "--out", tmp_path / "run", "--epochs", 1)
     quick(*lora, "--out", tmp_path / "run", "--resume")

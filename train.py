@@ -18,7 +18,7 @@ import copy
 import math
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from tqdm import tqdm
@@ -37,7 +37,7 @@ from sample import (ddim_mean, ddim_schedule, decode, encode_prompts, image_gene
 SHAPES = dict(clip="shapes", anchors="shapes", prompts=["shapes"], out="runs/shapes", alpha=1.0, epochs=40,
               prompts_per_rollout=8, group=8, unsafe_fraction=0.25, steps=20, guidance=2.0, sample_batch=32, updates=4,
               micro_batch=32, advantage_eps=0.01, learning_rate=3e-4, decay_epochs=10, clip_range=5e-3, kl=0.06,
-              save_every=20, picture_every=10, no_checkpointing=True, show_unsafe=True)
+              ema=0.9, save_every=20, picture_every=10, no_checkpointing=True, show_unsafe=True)
 
 
 def parse_args(argv=None):
@@ -78,6 +78,8 @@ def parse_args(argv=None):
     add("--clip-range", type=float, default=1e-4, help="of the ratio per latent dimension (DDPO, and the paper's code)")
     add("--kl", type=float, default=0.01, metavar="BETA", help="weight of the KL to the frozen base; 0 for none")
     add("--max-grad-norm", type=float, default=1.0)
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="final/ gets the average of the policy over about "
+        "1 / (1 - DECAY) rollouts, 4 bytes per weight; 0 the policy itself (paper)")
     add("--lora-rank", type=int, default=0, help="train adapters of this rank (needs peft); 0 trains the whole UNet")
 
     add = parser.add_argument_group("run").add_argument
@@ -187,6 +189,30 @@ def update(policy, base, optimizer, schedule, batch, args, autocast, prediction_
     return stats | {"pairs": len(pairs), "updates": len(norms), "grad_norm": float(sum(norms)) / max(1, len(norms))}
 
 
+@torch.no_grad()
+def average_weights(optimizer, epoch: int, decay: float):
+    """Move the average over the epochs of each weight: exponential, and uniform while it is young. It stands beside Adam's
+    moments in the optimizer's state, and so in every checkpoint; a weight without a step so far has none."""
+    for weight, state in optimizer.state.items():
+        if "average" not in state:
+            state["average"] = weight.detach().clone()
+        state["average"].lerp_(weight, max(1 - decay, 1 / (epoch + 1)))
+
+
+@contextmanager
+def averaged(optimizer):
+    """Inside, the policy has its averaged weights, if there are any; no copy is made."""
+    def swap():
+        for weight, state in optimizer.state.items():
+            if "average" in state:
+                weight.data, state["average"] = state["average"], weight.data
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
 def without_adapter(policy, base):
     """The base is the policy with its adapter off (LoRA), or a frozen network of its own, which needs nothing."""
     return policy.disable_adapter() if base is policy else nullcontext()
@@ -242,7 +268,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
     report.print_plan(args, policy, reward, prompts, pools[0], device)
-    networks = {"base": (base, lambda: without_adapter(policy, base)), "after": (policy, nullcontext)}
+    networks = {"base": (base, lambda: without_adapter(policy, base)), "after": (policy, lambda: averaged(optimizer))}
     first = runs.begin(run, policy, optimizer, args)
 
     for epoch in runs.epochs(run, first, policy, optimizer, args):  # ends early, with a checkpoint, on Ctrl-C or SIGTERM
@@ -267,6 +293,8 @@ def main(argv=None):
         rate = optimizer.param_groups[0]["lr"] = rate_at(epoch, args)
         stats = update(policy, base, optimizer, schedule, batch, args, autocast,
                        pipe.scheduler.config.prediction_type, epoch)
+        if args.ema:
+            average_weights(optimizer, epoch, args.ema)
         seconds["seconds_update"] = tick()
 
         # log and save
@@ -284,7 +312,8 @@ def main(argv=None):
     lines = report.score_table(networks, pipe, schedule, reward, prompts, args, autocast)
     runs.write_text(run / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
-    runs.save_final(run, pipe, policy, args)
+    with averaged(optimizer):
+        runs.save_final(run, pipe, policy, args)
     print(f"{run / 'final'}: open it with StableDiffusionPipeline.from_pretrained, or "
           f"python sample.py --model {run / 'final'} --compare {args.model} --steps {args.steps} "
           f"--guidance {args.guidance} --prompt ...")
