@@ -28,7 +28,7 @@ import train
 from grpo import group_advantages
 from reward import ALIASES as CLIP_ALIASES
 from reward import SteeringReward, read_anchors, read_prompts
-from sample import ddim_schedule, encode_prompts, load_pipeline
+from sample import DECODE_BATCH, ddim_schedule, encode_prompts, load_pipeline
 
 PHASES = ("sample", "reward", "update")
 
@@ -103,6 +103,7 @@ class Job:
         with phase("update"):
             stats = train.update(self.policy, self.base, self.optimizer, self.schedule, batch, args, self.autocast,
                                  prediction_type, epoch)
+            self.optimizer.zero_grad(set_to_none=True)
         return stats
 
 
@@ -174,7 +175,7 @@ def calls_needed(args, transitions: int) -> dict:
     reference = micro if args.kl else 0
     unet = args.steps * math.ceil(images / args.sample_batch) + micro
     lora = bool(args.lora_rank)
-    return {"unet": unet + lora * reference, "base": 0 if lora else reference, "vae": math.ceil(images / 16),
+    return {"unet": unet + lora * reference, "base": 0 if lora else reference, "vae": math.ceil(images / DECODE_BATCH),
             "clip": math.ceil(images / 32)}
 
 

@@ -35,7 +35,7 @@ from sample import (ddim_mean, ddim_schedule, decode, encode_prompts, image_gene
 # side, so that alpha = 0.5 would only bring their targets to the middle. Sample batch and micro-batch are equal: rollout
 # and update call the network at one shape, and the first ratio is 1 to the last bit.
 SHAPES = dict(clip="shapes", anchors="shapes", prompts=["shapes"], out="runs/shapes", alpha=1.0, epochs=40,
-              prompts_per_rollout=8, group=8, unsafe_fraction=0.25, steps=20, guidance=2.0, sample_batch=32, updates=4,
+              prompts_per_rollout=8, group=8, unsafe_fraction=0.25, steps=12, guidance=2.25, sample_batch=32, updates=4,
               micro_batch=32, advantage_eps=0.015, learning_rate=3e-4, decay_epochs=10, clip_range=5e-3, kl=0.06,
               ema=0.9, save_every=20, picture_every=10, no_checkpointing=True, show_unsafe=True)
 
@@ -295,6 +295,7 @@ def main(argv=None):
                        pipe.scheduler.config.prediction_type, epoch)
         if args.ema:
             average_weights(optimizer, epoch, args.ema)
+        optimizer.zero_grad(set_to_none=True)  # 4 bytes per weight, for the next rollout
         seconds["seconds_update"] = tick()
 
         # log and save
