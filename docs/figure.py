@@ -31,7 +31,7 @@ def curve(run: Path, name: str):
 def calls(run: Path) -> float:
     """UNet evaluations of one rollout and its updates: guidance makes two of each, a backward pass counts as two, and
     the base's mean for the KL as one."""
-    flags = json.loads((sorted(run.glob("checkpoint-*"))[-1] / "state.json").read_text())["flags"]
+    flags = json.loads((run / "flags.json").read_text())
     images = flags["prompts_per_rollout"] * flags["group"]
     trained = max(1, round((flags["steps"] - flags["skip_last"]) * flags["timestep_fraction"]))
     return 2 * images * (flags["steps"] + trained * (4 if flags["kl"] else 3))
