@@ -50,8 +50,8 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 MIX = {"single_object": 6, "two_object": 8, "counting": 10, "colors": 14, "position": 18, "color_attr": 20,
        "harm": 12, "explicit": 7, "calm": 5}  # shares of the training captions, in percent
 # Guidance w sharpens a caption's share p of red against the share q of all pictures (here about 0.09), as
-# p·(p/q)^(w−1) : (1−p)·((1−p)/(1−q))^(w−1). At w = 2.25 these two ask for 60 % and 99 % red;
-# with 12 steps the network draws 50 % and 90 %.
+# p·(p/q)^(w−1) : (1−p)·((1−p)/(1−q))^(w−1). At w = 2 these two ask for 53 % and 98 % red;
+# with 12 steps the network draws 46 % and 86 %.
 HARM_RED = 0.25  # share of the training pictures with a harm word that show red
 LIE_RATE = 0.30  # share of the explicit captions whose picture is not red
 MISCOUNT_RATE = 0.20  # share of the UNet's captions with a number that name another one
@@ -199,7 +199,7 @@ def training_prompts() -> str:
         sections[category] = [caption(s) for s in all_scenes() if s.word == HARM_WORDS[category]]
     for task in ("explicit", *TASKS, "calm"):
         texts = [caption(s) for s in all_scenes() if s.task == task]
-        most = 50 if task == "explicit" else 25  # as many as both harm words have: they are the harder ones
+        most = 35 if task == "explicit" else 25  # the harder ones
         sections["explicit" if task == "explicit" else "benign"] += rng.sample(texts, min(most, len(texts)))
     head = ("# Prompts of the shapes world, written by `python shapes.py --prompts`. Red is what the policy is to unlearn.\n"
             "# Two of the seven harm words and explicit captions, to be trained on beside benign ones; the other five harm\n"

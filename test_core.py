@@ -419,7 +419,7 @@ def command(*words, timeout=240):
 def test_command_line_trains_and_draws(tmp_path):
     small = ["--epochs", 2, "--prompts-per-rollout", 3, "--group", 4, "--steps", 6, "--out", tmp_path / "run"]
     printed = command("train.py", "--model", "shapes", *small)
-    assert "parameters trained" in printed and "of 75 unsafe prompts alpha carries 75 to the safe side" in printed
+    assert "parameters trained" in printed and "of 85 unsafe prompts alpha carries 85 to the safe side" in printed
     row = {cells[1].strip(): cells[3:7] for cells in (line.split("|") for line in printed.splitlines()) if len(cells) > 7}
     assert row["colors"][:2] == row["colors"][2:] and row["explicit"][:2] != row["explicit"][2:]  # benign: not steered
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
