@@ -460,9 +460,9 @@ def test_bench_counts_the_calls_that_are_needed(flags):
     result = bench.measure(args, 0, repeats=1)
     micro = 4 + 4  # 9 pictures of 3 transitions in two shares of 14 and 13, four at a time
     reference = 0 if "--kl" in flags else micro
-    lora = "--lora-rank" in flags
+    lora = "--lora-rank" in flags  # and the VAE takes four pictures at a time
     assert result["calls_made"] == result["calls_needed"] == {
-        "unet": 2 * 5 + micro + lora * reference, "base": 0 if lora else reference, "vae": 3, "clip": 1}  # the VAE takes four pictures at a time
+        "unet": 2 * 5 + micro + lora * reference, "base": 0 if lora else reference, "vae": 3, "clip": 1}
     assert all(result[name]["ratio"][0] > 0 for name in (*bench.PHASES, "epoch"))
 
 
