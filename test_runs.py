@@ -247,10 +247,10 @@ def test_a_run_may_go_on_for_longer_than_it_was_started_for(tmp_path, quick, und
 
 
 def test_the_rate_falls_with_the_epochs(undisturbed):
-    """What the optimizer used, not what was logged: 3e-4 / (1 + epoch / 10) in the shapes world."""
+    """What the optimizer used, not what was logged: 3e-4 / (1 + epoch / 6) in the shapes world."""
     for done in (1, 2):
         state = torch.load(undisturbed / f"checkpoint-{done:06d}" / "optimizer.pt", weights_only=True)
-        assert math.isclose(state["param_groups"][0]["lr"], 3e-4 / (1 + (done - 1) / 10), rel_tol=1e-12)
+        assert math.isclose(state["param_groups"][0]["lr"], 3e-4 / (1 + (done - 1) / 6), rel_tol=1e-12)
         assert lines(undisturbed)[done - 1]["lr"] == state["param_groups"][0]["lr"]
 
 
