@@ -31,6 +31,7 @@ import train
 
 HERE = Path(__file__).parent
 MODEL = HERE / "models" / "shapes"
+torch.set_num_threads(1)  # as test_runs.py has it, so that a test alone rounds as it does in the whole suite
 
 
 @pytest.fixture(scope="module")
