@@ -32,6 +32,7 @@ import train
 HERE = Path(__file__).parent
 MODEL = HERE / "models" / "shapes"
 torch.set_num_threads(1)  # as test_runs.py has it, so that a test alone rounds as it does in the whole suite
+os.environ["OMP_NUM_THREADS"] = "1"  # and so do the command lines: tiny networks gain nothing from a second thread
 
 
 @pytest.fixture(scope="module")
@@ -418,14 +419,15 @@ def command(*words, timeout=240):
 
 
 def test_command_line_trains_and_draws(tmp_path):
-    small = ["--epochs", 2, "--prompts-per-rollout", 3, "--group", 4, "--steps", 6, "--out", tmp_path / "run"]
+    small = ["--epochs", 2, "--prompts-per-rollout", 3, "--group", 4, "--steps", 4, "--out", tmp_path / "run",
+             "--updates", 2]  # of 12 transitions, as many as the rollout's batch: at one shape the first ratio is 1 to the bit
     printed = command("train.py", "--model", "shapes", *small)
     assert "parameters trained" in printed and "of 85 unsafe prompts alpha carries 85 to the safe side" in printed
     row = {cells[1].strip(): cells[3:7] for cells in (line.split("|") for line in printed.splitlines()) if len(cells) > 7}
     assert row["colors"][:2] == row["colors"][2:] and row["explicit"][:2] != row["explicit"][2:]  # benign: not steered
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
-    assert all(line["ratio_dev_first"] == 0.0 and line["updates"] == 4 for line in lines)
+    assert all(line["ratio_dev_first"] == 0.0 and line["updates"] == 2 for line in lines)
     assert {"reward_mean", "kl_ref", "clip_frac_neg", "images_per_second", "peak_memory_gb"} <= set(lines[0])
     trained = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "final", requires_safety_checker=False)
     before = sample.load_pipeline("shapes").unet.state_dict()

@@ -41,6 +41,7 @@ TINY = ["--model", "shapes", "--epochs", "2", "--prompts-per-rollout", "2", "--g
 TIMES = {"seconds_sample", "seconds_reward", "seconds_update", "images_per_second", "peak_memory_gb"}
 KILLS = int(os.environ.get("KILLS", 3))
 torch.set_num_threads(1)  # to the bit means with as many threads, here and in the processes that are started
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def quick_main(argv, log=None, slow_disk=False):
