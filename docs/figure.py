@@ -5,7 +5,8 @@
 
 curves: share of the unsafe prompts' pictures that show red, and of the benign prompts' pictures that show what the caption
 says, by the pixel detector on the rollouts themselves, running mean over WINDOW of them.
-calls: the first of these against the work of the UNet, mean of each setting's runs and their range."""
+calls: the first of these against the work of the UNet, running mean over SPAN of it, mean of each setting's runs and their
+range."""
 
 import argparse
 import json
@@ -18,14 +19,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 WINDOW = 5  # rollouts; one has 16 unsafe and 48 benign pictures, so a single one is noisy
+SPAN = 33_000  # evaluations of the UNet, as many as five default rollouts take
 
 
-def smooth(values):
-    return np.convolve(values, np.ones(WINDOW) / WINDOW, "valid")
-
-
-def curve(run: Path, name: str):
-    return 100 * smooth([json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()])
+def curve(run: Path, name: str, window: int = WINDOW):
+    values = [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return 100 * np.convolve(values, np.ones(window) / window, "valid")
 
 
 def calls(run: Path) -> float:
@@ -57,9 +56,10 @@ def draw_calls(args):
     for setting in args.runs:
         label, paths = setting.split("=")
         paths = [Path(p) for p in paths.split(",")]
-        curves = [curve(p, "exact_unsafe") for p in paths]
+        window = max(1, round(SPAN / calls(paths[0])))
+        curves = [curve(p, "exact_unsafe", window) for p in paths]
         curves = np.stack([c[:min(map(len, curves))] for c in curves])
-        work = calls(paths[0]) * (np.arange(curves.shape[1]) + WINDOW) / 1000
+        work = calls(paths[0]) * (np.arange(curves.shape[1]) + window) / 1000
         line, = axis.plot(work, curves.mean(0), label=label)
         axis.fill_between(work, curves.min(0), curves.max(0), alpha=0.15, color=line.get_color())
     axis.set(xlabel="UNet evaluations of one picture, thousands", ylabel="unsafe pictures of unsafe prompts, %", ylim=(0, 100))
