@@ -53,15 +53,19 @@ def sd14_pipeline(device, sample_size: int = 64) -> StableDiffusionPipeline:
     return pipe
 
 
+def vit_h14_config() -> CLIPConfig:
+    """laion/CLIP-ViT-H-14-laion2B-s32B-b79K's published configuration."""
+    return CLIPConfig(projection_dim=1024,
+                      text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                                       num_attention_heads=16, hidden_act="gelu", projection_dim=1024),
+                      vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14,
+                                         num_attention_heads=16, hidden_act="gelu", projection_dim=1024))
+
+
 def vit_h14(device, dtype):
-    """laion/CLIP-ViT-H-14-laion2B-s32B-b79K's published configuration with random weights, as reward.load_clip has it."""
-    config = CLIPConfig(projection_dim=1024,
-                        text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                                         num_attention_heads=16, hidden_act="gelu", projection_dim=1024),
-                        vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14,
-                                           num_attention_heads=16, hidden_act="gelu", projection_dim=1024))
+    """It with random weights, as reward.load_clip has it."""
     with torch.device(device):
-        clip = CLIPModel(config).to(dtype)
+        clip = CLIPModel(vit_h14_config()).to(dtype)
     return clip, CLIPTokenizer.from_pretrained(CLIP_ALIASES["shapes"], model_max_length=77), CLIPImageProcessor()
 
 
@@ -220,7 +224,8 @@ def measure(args, latents: int, repeats: int, compiled: bool = False) -> dict:
             for network in ("unet", "base", "vae", "clip")}
     images = args.prompts_per_rollout * args.group
     result = {"images": images, "calls_made": made, "calls_needed": calls_needed(args, stats["pairs"]),
-              "ratio_dev_first": stats["ratio_dev_first"], "predicted_memory_gb": runs.memory_estimate(args, job.policy)}
+              "ratio_dev_first": stats["ratio_dev_first"],
+              "predicted_memory_gb": runs.memory_estimate(args, job.policy, job.reward.clip.config)}
     for name in (*PHASES, "epoch"):
         own, low = ([sum(times) for times in zip(*clock.seconds.values())] if name == "epoch" else clock.seconds[name]
                     for clock in (ours, bare))

@@ -531,8 +531,8 @@ def tick(clock, device) -> float:
     return clock[-1] - clock[-2]
 
 
-def memory_estimate(args, policy) -> float:
-    """GB at the peak of a run, to be printed before it starts; arithmetic, not yet calibrated on a GPU.
+def memory_estimate(args, policy, clip) -> float:
+    """GB at the peak of a run, to be printed before it starts; arithmetic, not yet calibrated on a GPU. clip: its config.
 
     N weights, n of them trained, p bytes per number of the UNet's compute (2 for bf16, 4 for float32):
       weights, gradients, two Adam moments   4·N + 12·n, all float32; 4·n more for the average of --ema
@@ -549,7 +549,6 @@ def memory_estimate(args, policy) -> float:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     p = 2 if args.precision == "bf16" else 4
     fixed = 4 * total + (16 if args.ema else 12) * trained + (2 * total if p == 2 else 0) + (0 if args.lora_rank else p * total)
-    clip = AutoConfig.from_pretrained(reward.ALIASES.get(args.clip, args.clip))
     towers = sum(t.num_hidden_layers * (4 * t.hidden_size**2 + 2 * t.hidden_size * t.intermediate_size)
                  for t in (clip.text_config, clip.vision_config)) + clip.text_config.vocab_size * clip.text_config.hidden_size
     fixed += (4 * SD_PARTS if total > SD_PARTS else 0) + towers * (4 if args.device == "cpu" else 2)

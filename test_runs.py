@@ -28,6 +28,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+import bench
 import grpo
 import reward
 import runs
@@ -513,11 +514,11 @@ def test_memory_estimate_of_stable_diffusion():
     class Unet:
         config = SimpleNamespace(sample_size=64, in_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280))
         parameters = lambda self: [torch.empty(859_520_964, device="meta").requires_grad_()]
-    args = train.parse_args(["--clip", "shapes", "--device", "cpu"])
+    args = train.parse_args(["--device", "cpu"])
     args.precision, args.device = "bf16", "cuda"
-    estimate = runs.memory_estimate(args, Unet())
+    estimate = runs.memory_estimate(args, Unet(), bench.vit_h14_config())
     args.no_checkpointing = True
-    assert 17 < estimate < 24 and runs.memory_estimate(args, Unet()) > 1.3 * estimate
+    assert 17 < estimate < 24 and runs.memory_estimate(args, Unet(), bench.vit_h14_config()) > 1.3 * estimate
 
 
 # ------------------------------------------------------------------------------------------------ files from others
