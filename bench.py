@@ -2,7 +2,8 @@
 
 The program runs an epoch (train.py's own functions) while every network call is recorded: which network, at which batch
 shape, with or without a gradient. The floor replays exactly these calls on random numbers, with nothing in between: no
-schedule, no log-probability, no loss, no optimizer. Their ratio is what the program costs on top.
+schedule, no log-probability, no loss, no optimizer. Their ratio is what the program costs on top. The program's arithmetic is
+counted too (convolutions, matrix products, attention), as a share of the rate of one large matrix product on the device.
 
     python bench.py --model shapes                      # a CPU will do
     python bench.py --arch sd14                         # Stable Diffusion v1.4's shapes with random weights, one GPU
@@ -16,11 +17,13 @@ import platform
 import statistics
 import sys
 import time
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import runs
@@ -189,7 +192,7 @@ class Clock:
     """Seconds and peak memory of each phase, over repetitions."""
 
     def __init__(self, device):
-        self.device, self.seconds, self.peak = device, {name: [] for name in PHASES}, dict.fromkeys(PHASES, 0.0)
+        self.device, self.seconds, self.peak = device, defaultdict(list), defaultdict(float)
 
     @contextmanager
     def __call__(self, name):
@@ -205,15 +208,28 @@ class Clock:
         self.seconds[name].append(time.perf_counter() - start)
 
 
+def matrix_rate(args) -> float:
+    """Floating-point operations per second of a large matrix product in the precision of args, the best of ten."""
+    device = torch.device(args.device)
+    n, clock = 8192 if device.type == "cuda" else 1024, Clock(device)
+    factor = torch.randn(n, n, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    for _ in range(10):
+        with clock("product"):
+            factor @ factor
+    return 2 * n**3 / min(clock.seconds["product"])
+
+
 def measure(args, latents: int, repeats: int, compiled: bool = False) -> dict:
     """One configuration: program and floor in turn, after one epoch of each to warm up."""
     job = Job(args, latents, compiled)
-    calls, ours, bare = {name: [] for name in PHASES}, Clock(job.device), Clock(job.device)
+    calls, flops, ours, bare = {name: [] for name in PHASES}, {}, Clock(job.device), Clock(job.device)
 
     @contextmanager
     def recording(name):
-        with recorded(job, calls[name]):
+        counter = FlopCounterMode(display=False)
+        with recorded(job, calls[name]), nullcontext() if compiled else counter:  # it cannot look into compiled code
             yield
+        flops[name] = counter.get_total_flops()
 
     stats = job.epoch(0, recording)
     floor(job, calls, lambda name: nullcontext())
@@ -226,12 +242,14 @@ def measure(args, latents: int, repeats: int, compiled: bool = False) -> dict:
     result = {"images": images, "calls_made": made, "calls_needed": calls_needed(args, stats["pairs"]),
               "ratio_dev_first": stats["ratio_dev_first"],
               "predicted_memory_gb": runs.memory_estimate(args, job.policy, job.reward.clip.config)}
+    result["matrix_rate"], flops["epoch"] = matrix_rate(args), sum(flops.values())
     for name in (*PHASES, "epoch"):
         own, low = ([sum(times) for times in zip(*clock.seconds.values())] if name == "epoch" else clock.seconds[name]
                     for clock in (ours, bare))
         result[name] = {"seconds": own, "floor_seconds": low, "ratio": [a / b for a, b in zip(own, low)],
                         "images_per_second": images / statistics.median(own),
-                        "peak_memory_gb": max(ours.peak.values()) if name == "epoch" else ours.peak[name]}
+                        "flops": flops[name], "share_of_matrix_rate": flops[name] / statistics.median(own) / result["matrix_rate"],
+                        "peak_memory_gb": max(ours.peak.values(), default=0) if name == "epoch" else ours.peak[name]}
     return result
 
 
@@ -240,14 +258,19 @@ def spread(values) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
+def peak(gb: float) -> str:
+    return f"{gb:.2f}" if gb else "-"  # only a GPU tells it by phase
+
+
 def print_result(result):
-    print(f"\n| phase | seconds, median (range) | floor | ratio | images/s | peak GB |\n{'|---' * 6}|")
+    print("\n| phase | seconds, median (range) | floor | ratio | images/s | of the matrix rate | peak GB |\n" + "|---" * 7 + "|")
     for name in (*PHASES, "epoch"):
         r = result[name]
         print(f"| {name} | {spread(r['seconds'])} | {spread(r['floor_seconds'])} | {spread(r['ratio'])} "
-              f"| {r['images_per_second']:.3g} | {r['peak_memory_gb'] or float('nan'):.2f} |")
+              f"| {r['images_per_second']:.3g} | {r['share_of_matrix_rate']:.0%} | {peak(r['peak_memory_gb'])} |")
     print(f"\nnetwork calls made {result['calls_made']}, needed {result['calls_needed']}; "
-          f"ratio_dev_first {result['ratio_dev_first']:.2g}; memory predicted {result['predicted_memory_gb']:.1f} GB")
+          f"ratio_dev_first {result['ratio_dev_first']:.2g}; memory predicted {result['predicted_memory_gb']:.1f} GB; "
+          f"a large matrix product has {result['matrix_rate'] / 1e12:.3g} TFLOP/s")
 
 
 def variants(args) -> dict:
@@ -295,7 +318,7 @@ def main():
             r = results[label]
             print(f"| {label} | " + " | ".join(spread(r[name]["seconds"]) for name in ("sample", "update", "epoch"))
                   + f" | {spread(r['epoch']['ratio'])} | {r['epoch']['images_per_second']:.3g} "
-                  f"| {r['epoch']['peak_memory_gb']:.2f} |", flush=True)
+                  f"| {peak(r['epoch']['peak_memory_gb'])} |", flush=True)
     if own.json:
         own.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "flags": vars(args), "results": results},
                                        indent=1, default=str) + "\n")

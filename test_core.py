@@ -466,7 +466,7 @@ def test_bench_counts_the_calls_that_are_needed(flags):
     lora = "--lora-rank" in flags  # and the VAE takes four pictures at a time
     assert result["calls_made"] == result["calls_needed"] == {
         "unet": 2 * 5 + micro + lora * reference, "base": 0 if lora else reference, "vae": 3, "clip": 1}
-    assert all(result[name]["ratio"][0] > 0 for name in (*bench.PHASES, "epoch"))
+    assert all(result[name]["ratio"][0] > 0 and result[name]["flops"] > 0 for name in (*bench.PHASES, "epoch"))
 
 
 def test_prompt_files():
