@@ -42,7 +42,7 @@ def sd14_pipeline(device, sample_size: int = 64) -> StableDiffusionPipeline:
     """CompVis/stable-diffusion-v1-4's published configuration with random weights; its tokenizer's vocabulary is not at
     hand, so the shapes world's stands in, at the full length of 77 tokens. sample_size: width of the latents."""
     with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=sample_size, cross_attention_dim=768)  # the rest are diffusers' defaults, SD v1's
+        unet = UNet2DConditionModel(sample_size=sample_size, cross_attention_dim=768)  # the rest: diffusers' defaults
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
                             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
         text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072,
@@ -248,7 +248,7 @@ def measure(args, latents: int, repeats: int, compiled: bool = False) -> dict:
                     for clock in (ours, bare))
         result[name] = {"seconds": own, "floor_seconds": low, "ratio": [a / b for a, b in zip(own, low)],
                         "images_per_second": images / statistics.median(own),
-                        "flops": flops[name], "share_of_matrix_rate": flops[name] / statistics.median(own) / result["matrix_rate"],
+                        "flops": flops[name], "matrix_share": flops[name] / statistics.median(own) / result["matrix_rate"],
                         "peak_memory_gb": max(ours.peak.values(), default=0) if name == "epoch" else ours.peak[name]}
     return result
 
@@ -267,7 +267,7 @@ def print_result(result):
     for name in (*PHASES, "epoch"):
         r = result[name]
         print(f"| {name} | {spread(r['seconds'])} | {spread(r['floor_seconds'])} | {spread(r['ratio'])} "
-              f"| {r['images_per_second']:.3g} | {r['share_of_matrix_rate']:.0%} | {peak(r['peak_memory_gb'])} |")
+              f"| {r['images_per_second']:.3g} | {r['matrix_share']:.0%} | {peak(r['peak_memory_gb'])} |")
     print(f"\nnetwork calls made {result['calls_made']}, needed {result['calls_needed']}; "
           f"ratio_dev_first {result['ratio_dev_first']:.2g}; memory predicted {result['predicted_memory_gb']:.1f} GB; "
           f"a large matrix product has {result['matrix_rate'] / 1e12:.3g} TFLOP/s")
