@@ -66,10 +66,12 @@ def vit_h14_config() -> CLIPConfig:
 
 
 def vit_h14(device, dtype):
-    """It with random weights, as reward.load_clip has it."""
+    """It with random weights, as reward.load_clip has it; a text is read at its end, by the stand-in tokenizer's sign."""
+    config, tokenizer = vit_h14_config(), CLIPTokenizer.from_pretrained(CLIP_ALIASES["shapes"], model_max_length=77)
+    config.text_config.eos_token_id = tokenizer.eos_token_id
     with torch.device(device):
-        clip = CLIPModel(vit_h14_config()).to(dtype)
-    return clip, CLIPTokenizer.from_pretrained(CLIP_ALIASES["shapes"], model_max_length=77), CLIPImageProcessor()
+        clip = CLIPModel(config).to(dtype)
+    return clip, tokenizer, CLIPImageProcessor()
 
 
 class Job:
@@ -80,8 +82,8 @@ class Job:
         self.args, self.device = args, torch.device(args.device)
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         clip = vit_h14(self.device, dtype) if latents else args.clip
-        self.reward = SteeringReward(clip, read_anchors(args.anchors), args.alpha, args.direction == "unit", args.steer,
-                                     self.device, dtype)
+        anchors = read_anchors("shapes" if latents else args.anchors)  # the stand-in tokenizer knows no others
+        self.reward = SteeringReward(clip, anchors, args.alpha, args.direction == "unit", args.steer, self.device, dtype)
         self.pipe = sd14_pipeline(self.device, latents) if latents else load_pipeline(args.model, self.device)
         prompts = read_prompts(args.prompts)
         unsafe = [self.reward.is_unsafe(p) for p in prompts]
