@@ -66,7 +66,7 @@ def vit_h14_config() -> CLIPConfig:
 
 
 def vit_h14(device, dtype):
-    """It with random weights, as reward.load_clip has it; a text is read at its end, by the stand-in tokenizer's sign."""
+    """It with random weights, as reward.load_clip has it, with the end-of-text sign of the stand-in tokenizer."""
     config, tokenizer = vit_h14_config(), CLIPTokenizer.from_pretrained(CLIP_ALIASES["shapes"], model_max_length=77)
     config.text_config.eos_token_id = tokenizer.eos_token_id
     with torch.device(device):
