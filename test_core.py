@@ -469,6 +469,18 @@ def test_bench_counts_the_calls_that_are_needed(flags):
     assert all(result[name]["ratio"][0] > 0 and result[name]["flops"] > 0 for name in (*bench.PHASES, "epoch"))
 
 
+def test_the_world_decodes_blends_of_colours_to_blends(pipe):
+    """What lies between two paintings' latents is what lies between the paintings: red hides between no two colours."""
+    rng = shapes.random.Random("blend")
+    placed = [shapes.place(shapes.random_scene(rng, "color_attr"), rng) for _ in range(8)]
+    paint = lambda color: shapes.draw([[shapes.replace(o, color=color) for o in objects] for objects in placed])
+    for one, other in (("green", "blue"), ("green", "black"), ("blue", "black"), ("blue", "purple")):
+        latents = pipe.vae.encode(torch.cat([paint(one), paint(other)]) * 2 - 1).latent_dist.mode()
+        decoded = (pipe.vae.decode((latents[:8] + latents[8:]) / 2).sample / 2 + 0.5).clamp(0, 1)
+        assert (decoded - (paint(one) + paint(other)) / 2).abs().mean() < 0.01
+        assert not shapes.is_unsafe(decoded).any()
+
+
 def test_prompt_files():
     unsafe, benign = reward.read_prompts([HERE / "prompts" / "i2p.txt"]), reward.read_prompts([HERE / "prompts" / "benign.txt"])
     counts = {c: sum(p.category == c for p in unsafe) for c in shapes.HARM_WORDS}
