@@ -31,8 +31,8 @@ from sample import (ddim_mean, ddim_schedule, decode, encode_prompts, image_gene
                     log_prob, predict_noise, rollout)
 
 # Where the shapes world differs from Stable Diffusion: D = 256 instead of 16,384, a mean over which moves 8 times as far
-# from noise alone; a network small enough for a larger rate; and a CLIP in which explicit captions lie 0.5 on the unsafe
-# side, so that alpha = 0.5 would only bring their targets to the middle. Sample batch and micro-batch are equal: rollout
+# from noise alone; a network small enough for a larger rate; and a CLIP in which explicit captions lie up to 0.57 on the
+# unsafe side, so that alpha = 0.5 would leave some of their targets there. Sample batch and micro-batch are equal: rollout
 # and update call the network at one shape, and the first ratio is 1 to the last bit.
 SHAPES = dict(clip="shapes", anchors="shapes", prompts=["shapes"], out="runs/shapes", alpha=1.0, epochs=60,
               prompts_per_rollout=8, group=8, unsafe_fraction=0.25, steps=12, guidance=2.5, sample_batch=32, updates=4,
