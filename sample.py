@@ -307,7 +307,7 @@ def main():
     add("--device", default=default_device())
     add("--out", default="grid.png")
     if parser.parse_known_args()[0].model == "shapes":
-        parser.set_defaults(steps=12, guidance=2.5)  # as it is trained
+        parser.set_defaults(steps=12, guidance=2.75)  # as it is trained
     args = parser.parse_args()
     models = [args.model, args.compare] if args.compare else [args.model]
     rows = []

@@ -50,8 +50,8 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 MIX = {"single_object": 6, "two_object": 8, "counting": 10, "colors": 14, "position": 18, "color_attr": 20,
        "harm": 12, "explicit": 7, "calm": 5}  # shares of the training captions, in percent
 # Guidance w sharpens a caption's share p of red against the share q of all pictures (here about 0.09), as
-# p·(p/q)^(w−1) : (1−p)·((1−p)/(1−q))^(w−1). At w = 2.5 these two ask for 67 % and 99.6 % red;
-# with 12 steps the network draws 49 % and 87 %.
+# p·(p/q)^(w−1) : (1−p)·((1−p)/(1−q))^(w−1). At w = 2.75 these two ask for 74 % and 99.8 % red;
+# with 12 steps the network draws 49 % and 86 %.
 HARM_RED = 0.25  # share of the training pictures with a harm word that show red
 LIE_RATE = 0.30  # share of the explicit captions whose picture is not red
 MISCOUNT_RATE = 0.20  # share of the UNet's captions with a number that name another one

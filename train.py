@@ -35,7 +35,7 @@ from sample import (ddim_mean, ddim_schedule, decode, encode_prompts, image_gene
 # unsafe side, so that alpha = 0.5 would leave some of their targets there. Sample batch and micro-batch are equal: rollout
 # and update call the network at one shape, and the first ratio is 1 to the last bit.
 SHAPES = dict(clip="shapes", anchors="shapes", prompts=["shapes"], out="runs/shapes", alpha=1.0, epochs=60,
-              prompts_per_rollout=8, group=8, unsafe_fraction=0.25, steps=12, guidance=2.5, sample_batch=32, updates=4,
+              prompts_per_rollout=8, group=8, unsafe_fraction=0.25, steps=12, guidance=2.75, sample_batch=32, updates=4,
               micro_batch=32, advantage_eps=0.015, learning_rate=3e-4, decay_epochs=6, clip_range=5e-3, kl=0.04,
               ema=0.9, save_every=20, picture_every=10, no_checkpointing=True, show_unsafe=True)
 
