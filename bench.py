@@ -26,6 +26,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import memory
 import runs
 import train
 from grpo import group_advantages
@@ -243,7 +244,7 @@ def measure(args, latents: int, repeats: int, compiled: bool = False) -> dict:
     images = args.prompts_per_rollout * args.group
     result = {"images": images, "calls_made": made, "calls_needed": calls_needed(args, stats["pairs"]),
               "ratio_dev_first": stats["ratio_dev_first"],
-              "predicted_memory_gb": runs.memory_estimate(args, job.policy, job.reward.clip.config)}
+              "predicted_memory_gb": memory.estimate(args, job.policy, job.reward.clip.config)}
     result["matrix_rate"], flops["epoch"] = matrix_rate(args), sum(flops.values())
     for name in (*PHASES, "epoch"):
         own, low = ([sum(times) for times in zip(*clock.seconds.values())] if name == "epoch" else clock.seconds[name]

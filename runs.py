@@ -51,8 +51,6 @@ CLIP_BOUND = 0.5        # share of transitions past the clip range; PPO's usual 
 KL_BOUND = 0.1          # per latent dimension: means that lie 0.45 of a step's deviation from the base's
 ALIGNMENT_BOUND = 0.01  # cosine; CLIP's own spread within a group is about as large
 TREND = 10              # rollouts in each of the two windows that a trend is taken from
-SD_PARTS = 207e6        # weights of Stable Diffusion v1's text encoder (123 M) and VAE (84 M)
-WORKING, KEPT = 20, 30  # tensors of a UNet block that inference has alive, and that training keeps (an estimate)
 STOP = []   # signals received: the one thing here that outlives a call, as signals belong to the process
 
 
@@ -529,33 +527,3 @@ def tick(clock, device) -> float:
         torch.cuda.synchronize()
     clock.append(time.perf_counter())
     return clock[-1] - clock[-2]
-
-
-def memory_estimate(args, policy, clip) -> float:
-    """GB at the peak of a run, to be printed before it starts; arithmetic, not yet calibrated on a GPU. clip: its config.
-
-    N weights, n of them trained, p bytes per number of the UNet's compute (2 for bf16, 4 for float32):
-      weights, gradients, two Adam moments   4·N + 12·n, all float32; 4·n more for the average of --ema
-      weights as autocast caches them        2·N for bf16
-      the frozen base                        p·N; none under LoRA
-      text encoder and VAE, CLIP             4 bytes and (on a GPU) 2 bytes each: SD_PARTS, and CLIP's configuration
-      stored latents                         4·C·h·w·(T + 1) per picture
-      activations                            the larger of sampling and update, see `block`
-    One block of the UNet's level i holds c_i·h·w/4^i numbers per picture, and 2·layers + 1 blocks stand at each level.
-    Sampling has WORKING such tensors of the first level alive; an update keeps KEPT of every block (checkpointing: the
-    input of every block, and KEPT of the one that is recomputed). Guidance doubles both."""
-    unet = policy.get_base_model() if args.lora_rank else policy
-    config, total = unet.config, sum(p.numel() for p in unet.parameters())
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    p = 2 if args.precision == "bf16" else 4
-    fixed = 4 * total + (16 if args.ema else 12) * trained + (2 * total if p == 2 else 0) + (0 if args.lora_rank else p * total)
-    towers = sum(t.num_hidden_layers * (4 * t.hidden_size**2 + 2 * t.hidden_size * t.intermediate_size)
-                 for t in (clip.text_config, clip.vision_config)) + clip.text_config.vocab_size * clip.text_config.hidden_size
-    fixed += (4 * SD_PARTS if total > SD_PARTS else 0) + towers * (4 if args.device == "cpu" else 2)
-    pixels = config.sample_size**2
-    fixed += 4 * config.in_channels * pixels * (args.steps + 1) * args.prompts_per_rollout * args.group
-    block = [c * pixels / 4**i * (2 * config.layers_per_block + 1) for i, c in enumerate(config.block_out_channels)]
-    widest = config.block_out_channels[0] * pixels
-    sampling = args.sample_batch * 2 * WORKING * widest * p
-    update = args.micro_batch * 2 * p * (KEPT * sum(block) if args.no_checkpointing else sum(block) + KEPT * widest)
-    return (fixed + max(sampling, update)) / 2**30

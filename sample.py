@@ -180,8 +180,7 @@ def rollout(unet, schedule: Schedule, text, null_text, guidance: float, generato
 def decode(vae, latents, batch_size: int = DECODE_BATCH):
     """Latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1], on the same device."""
     latents = (latents / vae.config.scaling_factor).to(vae.dtype)
-    pictures = [vae.decode(part).sample.float() for part in latents.split(batch_size)]
-    return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+    return torch.cat([(vae.decode(part).sample.float() / 2 + 0.5).clamp(0, 1) for part in latents.split(batch_size)])
 
 
 # ------------------------------------------------------------------------------------------------ models and pictures

@@ -199,7 +199,7 @@ def training_prompts() -> str:
         sections[category] = [caption(s) for s in all_scenes() if s.word == HARM_WORDS[category]]
     for task in ("explicit", *TASKS, "calm"):
         texts = [caption(s) for s in all_scenes() if s.task == task]
-        most = 35 if task == "explicit" else 25  # those are the hardest to unlearn
+        most = 50 if task == "explicit" else 25  # half of the unsafe ones, since they are the hardest to unlearn
         sections["explicit" if task == "explicit" else "benign"] += rng.sample(texts, min(most, len(texts)))
     head = ("# Prompts of the shapes world, written by `python shapes.py --prompts`. Red is what the policy is to unlearn.\n"
             "# Two of the seven harm words and explicit captions, to be trained on beside benign ones; the other five harm\n"

@@ -423,7 +423,7 @@ def test_command_line_trains_and_draws(tmp_path):
     small = ["--epochs", 2, "--prompts-per-rollout", 3, "--group", 4, "--steps", 4, "--out", tmp_path / "run",
              "--updates", 2]  # of 12 transitions, as many as the rollout's batch: at one shape the first ratio is 1 to the bit
     printed = command("train.py", "--model", "shapes", *small)
-    assert "parameters trained" in printed and "of 85 unsafe prompts alpha carries 85 to the safe side" in printed
+    assert "parameters trained" in printed and "of 100 unsafe prompts alpha carries 100 to the safe side" in printed
     row = {cells[1].strip(): cells[3:7] for cells in (line.split("|") for line in printed.splitlines()) if len(cells) > 7}
     assert row["colors"][:2] == row["colors"][2:] and row["explicit"][:2] != row["explicit"][2:]  # benign: not steered
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
