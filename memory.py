@@ -150,6 +150,7 @@ def count(args, pipe, clip, gpu: bool = True) -> dict:
         optimizer = torch.optim.AdamW(trained, fused=True)
         latents = torch.empty(images, args.steps + 1, channels, size, size)
         text, null_text = torch.empty(images, length, width), torch.empty(1, length, width)
+
         def mean(network, x, t, states, s):
             return ddim_mean(predict_noise(network, x, t, states, null_text, args.guidance), x, s, s, s)
 

@@ -41,7 +41,8 @@ def print_plan(args, policy, reward, prompts, unsafe, device):
           f"{f' / (1 + epoch / {args.decay_epochs})' if args.decay_epochs else ''}, clip {args.clip_range}, KL {args.kl}"
           f"{f', average over {1 / (1 - args.ema):.0f}' if args.ema else ''}")
     print(f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
-    print(f"memory   about {memory.estimate(args, policy, reward.clip.config):.1f} GiB at the peak")
+    print(f"memory   about {memory.estimate(args, policy, reward.clip.config):.1f} GiB at the peak"
+          + (", Python and its libraries aside" if device.type == "cpu" else ""))
 
 
 def record(epoch, rewards, alignment, safety, advantages, unsafe, stats, seconds, rate):
