@@ -16,7 +16,7 @@ Three networks are trained in the order of the real thing: a CLIP on pictures an
 UNet2DConditionModel that reads the text through CLIP's text tower, with caption dropout for guidance. They are saved in
 the formats of diffusers and transformers, so that the code that loads Stable Diffusion loads them too.
 
-    python shapes.py                 # rebuild models/shapes: about an hour on two CPU cores; README, Limits
+    python shapes.py                 # rebuild models/shapes: half an hour to an hour on two CPU cores
     python shapes.py --report        # only measure: detector, reconstruction, CLIP retrieval
 """
 
