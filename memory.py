@@ -94,8 +94,8 @@ class Alive(TorchDispatchMode):
 
 @contextmanager
 def as_on_a_gpu():
-    """Fake tensors live on the CPU, whose autocast leaves group and layer norms in bf16 where CUDA's takes float32 (and
-    whose attention of bf16 is not CUDA's): what CUDA does, as far as it takes memory."""
+    """Inside, fake tensors take the memory that they would take on a GPU. They live on the CPU, whose autocast leaves group
+    and layer norms in bf16, where CUDA's computes them in float32, and whose attention is another one than CUDA's."""
     norms, attention, half = (F.group_norm, F.layer_norm), F.scaled_dot_product_attention, torch.is_autocast_enabled
     wide = lambda x: (x.float() if half("cpu") else x).contiguous()  # CUDA's group norm knows no channels_last
 
@@ -112,7 +112,7 @@ def as_on_a_gpu():
 
 
 def fake(network):
-    """The same network with fake weights, in place; call it while a FakeTensorMode is open."""
+    """Give a network fake weights, in place; call it while a FakeTensorMode is open."""
     for module in network.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -120,13 +120,13 @@ def fake(network):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    return network
 
 
 def count(args, pipe, clip, gpu: bool = True) -> dict:
     """{phase: (bytes held before it, bytes at its peak)}, once the optimizer has its moments: one batch of sampling, all
-    pictures decoded and scored, two micro-batches and a step, by the functions that the program calls there. pipe and clip
-    may lie on "meta", and their weights are lost. gpu: as CUDA would have it."""
+    pictures decoded and scored, two micro-batches and a step. The order is that of train.update, which cannot run on fake
+    tensors itself, since it reads values; the functions are those that it calls. pipe and clip may lie on "meta", and their
+    weights are lost. gpu: as_on_a_gpu."""
     import train  # which imports this file, by way of report.py
     policy, base = train.make_policy(pipe.unet, args, torch.device("meta"))
     if gpu:
@@ -191,11 +191,13 @@ def main():
     import bench
     import train
     args = train.parse_args(["--device", "cpu", *sys.argv[1:]])
+    if args.model != train.parse_args([]).model:
+        raise ValueError(f"--model {args.model}: counted is Stable Diffusion v1.4, without its weights; leave --model out")
     args.precision, args.device = args.precision or "bf16", "cuda"
     pipe, (clip, *_) = bench.sd14_pipeline("meta"), bench.vit_h14("meta", torch.float16)
     peaks = count(args, pipe, clip)
     policy, _ = train.make_policy(bench.sd14_pipeline("meta").unet, args, torch.device("meta"))
-    print(f"{args.prompts_per_rollout} x {args.group} pictures, {args.steps} steps, {args.precision}; GiB\n")
+    print(f"Stable Diffusion v1.4 and ViT-H/14, {args.prompts_per_rollout} x {args.group} pictures, {args.steps} steps, {args.precision}; GiB\n")
     print("| phase | held before | peak |\n|---|---|---|")
     for name, (before, peak) in peaks.items():
         print(f"| {name} | {before / GIB:.2f} | {peak / GIB:.2f} |")
@@ -204,4 +206,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"memory.py: {error}")

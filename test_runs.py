@@ -520,9 +520,10 @@ def test_memory_plan_of_stable_diffusion():
     clip = bench.vit_h14("meta", torch.float16)[0]
     peaks = memory.count(args, bench.sd14_pipeline("meta"), clip)
     policy, _ = train.make_policy(bench.sd14_pipeline("meta").unet, args, torch.device("meta"))
-    counted = max(peak for _, peak in peaks.values()) / memory.GIB
-    assert 0.95 < memory.estimate(args, policy, clip.config) / counted < 1.05
-    assert counted < 21
+    counted, planned = max(peak for _, peak in peaks.values()) / memory.GIB, memory.estimate(args, policy, clip.config)
+    assert 17 < counted < 21 and 0.98 < planned / counted < 1.02
+    args.no_checkpointing = True
+    assert memory.estimate(args, policy, clip.config) > 1.3 * planned
 
 
 def test_count_of_memory_is_what_an_update_allocates():
@@ -732,8 +733,12 @@ def test_bf16_on_a_card_that_has_none(monkeypatch):
 
 
 def test_bad_input_on_the_real_command_line(tmp_path):
+    start, tries = time.perf_counter(), {"--prompts none.txt": "No such file", "--model prompts": "no model_index.json"}
     same = ["--device", "cpu", "--clip", "shapes", "--anchors", "shapes", "--prompts", "shapes", "--out", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, "train.py", *TINY, *same, "--model", "prompts"], cwd=HERE, text=True,
-                          capture_output=True, timeout=300)
-    assert done.returncode == 1 and "no model_index.json" in done.stderr and "Traceback" not in done.stdout + done.stderr
+    running = [subprocess.Popen([sys.executable, "train.py", *TINY, *same, *words.split()], cwd=HERE, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for words in tries]
+    for process, said in zip(running, tries.values()):
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 1 and said in errors and "Traceback" not in printed + errors
+    print(f"refused within {time.perf_counter() - start:.1f} s, imports included")
     assert not (tmp_path / "run").exists()
