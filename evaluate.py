@@ -236,7 +236,7 @@ def save_strips(strips: list, names: list, shown: list[Row], args):
     save_grid(images, args.out / "grid.png", len(shown), names, labels)
 
 
-# ---------------------------------------------------------------------------------------------------- program
+# -------------------------------------------------------------------------------- program
 
 def guidance_flag(text: str):
     return text if text == "csv" else float(text)

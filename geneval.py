@@ -62,7 +62,7 @@ class Instance:
     mask: torch.Tensor | None = None
 
 
-# ---------------------------------------------------------------------------------------------------- prompts
+# -------------------------------------------------------------------------------- prompts
 
 def read_metadata(path: str | Path) -> list[dict]:
     """GenEval's JSONL: one prompt a line with its `tag`, `prompt`, `include` and, for counting, `exclude`."""
@@ -85,7 +85,7 @@ def read_metadata(path: str | Path) -> list[dict]:
     return rows
 
 
-# --------------------------------------------------------------------------------------------------- detector
+# -------------------------------------------------------------------------------- detector
 
 class Detector(Mask2FormerPreTrainedModel):
     """Mask2Former's checkpoints without its training loss, whose constructor would need scipy."""
@@ -140,7 +140,7 @@ def instances(class_logits, mask_logits, padded, inner, size, cut: float = CUT) 
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ rules
+# -------------------------------------------------------------------------------- rules
 
 def relations(a, b) -> set[str]:
     """How box a stands to box b, each (left, top, right, bottom), y downwards.
@@ -198,7 +198,7 @@ def decide(found: list[Instance], metadata: dict, color_of) -> tuple[bool, str]:
     return not reasons, "; ".join(reasons)
 
 
-# ---------------------------------------------------------------------------------------------------- colours
+# -------------------------------------------------------------------------------- colours
 
 def color_crop(image: Image.Image, one: Instance) -> Image.Image:
     """The object in its box, everything outside its mask painted flat grey."""

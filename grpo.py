@@ -1,15 +1,15 @@
-"""GRPO for diffusion: group advantages, the clipped policy loss, and the exact KL to the base. Tensors in, tensors out.
+"""GRPO for diffusion: group advantages, clipped policy loss, exact KL to the base. Tensors in, tensors out.
 
-Group relative policy optimisation (arXiv 2402.03300) needs no value network: the other pictures of the same prompt are
-the baseline. Loss and ratio are those of PPO (arXiv 1707.06347, Eq. 7), one action being one denoising step.
+Group relative policy optimisation (arXiv 2402.03300) needs no value network: the other pictures of a prompt
+are the baseline. Loss and ratio are those of PPO (arXiv 1707.06347, Eq. 7); one action is one denoising step.
 
     r      reward of a picture              A      its advantage, shared by all of its transitions
-    logp   log-density of a transition under the policy that is trained, per latent dimension (sample.log_prob)
+    logp   log-density of a transition under the trained policy, per latent dimension (sample.log_prob)
     rho    = exp(logp − logp_old)           c      clip range
     mu     mean of a transition, s its deviation;  P prompts, G images per prompt, B transitions
 
-The departures from GRPO as written for language models: the KL is exact, not estimated from samples, and it is taken
-to the frozen base at every transition that is trained.
+The departures from GRPO as written for language models: the KL is exact, not estimated from samples, and it
+is taken to the frozen base at every transition that is trained.
 """
 
 import torch
@@ -19,13 +19,14 @@ ZERO_SPREAD = 1e-6     # rewards of a group closer than this are equal: float32 
 
 
 def group_advantages(rewards, eps: float = 1e-4):
-    """A = (r − mean r) / (std r + e) over the G images of one prompt, clipped to ±5. (P, G), e = eps -> (P, G).
+    """A = (r − mean r) / (std r + e) over the G images of a prompt, clipped to ±5: (P, G), e = eps -> (P, G).
 
-    An e far below the spread gives every group the same say (CLIP's is about 1e-2, so the default hardly shrinks an
-    advantage); one between the spread of groups that are solved and of those that are not keeps the noise of the former
-    out of the gradient.
-    The standard deviation is the population's (divided by G). A group without spread teaches nothing: its advantages are
-    exactly 0, so that the caller can leave it out of the backward pass. Raises ValueError for groups of one."""
+    An e far below the spread gives every group the same say (CLIP's is about 1e-2, so the default hardly
+    shrinks an advantage); one between the spread of groups that are solved and of those that are not keeps
+    the noise of the former out of the gradient.
+    The standard deviation is the population's (divided by G). A group without spread teaches nothing: its
+    advantages are exactly 0, so that the caller can leave it out of the backward pass. Raises ValueError for
+    groups of one."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (prompts, images per prompt >= 2), not {tuple(rewards.shape)}")
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -37,14 +38,14 @@ def group_advantages(rewards, eps: float = 1e-4):
 def policy_loss(logp, logp_old, advantages, clip_range: float):
     """mean over B of max( −A·rho, −A·clip(rho, 1−c, 1+c) ). All (B,) -> scalar loss and a dict of statistics.
 
-    The maximum of the two losses is the pessimistic one: a transition whose ratio has already moved past the range in
+    The maximum of the two losses is the pessimistic one: a transition whose ratio has moved past the range in
     the direction that its advantage asks for gets no gradient, one that has moved the wrong way keeps it.
 
-    Statistics are sums over B, without gradient, so that micro-batches can be added up: `positive` and `negative` count
-    the signs of A, `clipped_positive` and `clipped_negative` those of them without gradient; `kl_old` sums
-    (logp − logp_old)²/2, the second-order KL to the policy that sampled, per dimension as logp is; `ratio_dev` is the
-    one maximum, of |rho − 1|."""
-    assert logp.shape == logp_old.shape == advantages.shape and logp.ndim == 1, "a broadcast here would be silent"
+    Statistics are sums over B, without gradient, so that micro-batches can be added up: `positive` and
+    `negative` count the signs of A, `clipped_positive` and `clipped_negative` those of them without gradient;
+    `kl_old` sums (logp − logp_old)²/2, the second-order KL to the policy that sampled, per dimension as logp
+    is; `ratio_dev` is the one maximum, of |rho − 1|."""
+    assert logp.shape == logp_old.shape == advantages.shape and logp.ndim == 1, "a silent broadcast"
     rho = (logp - logp_old).exp()
     loss = torch.maximum(-advantages * rho, -advantages * rho.clamp(1 - clip_range, 1 + clip_range)).mean()
     with torch.no_grad():
@@ -57,8 +58,8 @@ def policy_loss(logp, logp_old, advantages, clip_range: float):
 
 
 def gaussian_kl(mu, mu_ref, sigma):
-    """KL( N(mu, s²) || N(mu_ref, s²) ) = (mu − mu_ref)² / (2s²), mean over D, exact since the deviations are equal.
+    """KL( N(mu, s²) || N(mu_ref, s²) ) = (mu − mu_ref)² / (2s²), a mean over D; exact, as s is shared.
 
-    mu, mu_ref (B, C, h, w), sigma (B,) or scalar -> (B,). Its gradient is zero where mu = mu_ref and only there."""
+    mu, mu_ref (B, C, h, w), sigma (B,) or scalar -> (B,). Its gradient is zero just where mu = mu_ref."""
     s = torch.as_tensor(sigma, dtype=mu.dtype, device=mu.device).reshape(-1, *[1] * (mu.ndim - 1))
     return ((mu - mu_ref).square() / (2 * s * s)).flatten(1).mean(1)

@@ -1,12 +1,13 @@
-"""Memory of a run: by arithmetic for the plan that train.py prints, and by counting the tensors of a simulated epoch.
+"""Memory of a run: by arithmetic for the plan that train.py prints,
+and by counting the tensors of a simulated epoch.
 
-`estimate` is a formula. `count` is what it was fitted to: one batch of each phase at full size on fake tensors, which have a
-shape and no data, so that it needs neither a GPU nor the memory. It adds up the bytes of all storages that are alive, as
-torch.cuda.max_memory_allocated does. What it cannot see is cuDNN's and cuBLAS's work space, and what the allocator
-reserves and cannot use.
+`estimate` is a formula. `count` is what it was fitted to: one batch of each phase at full size on fake
+tensors, which have a shape and no data, so that it needs neither a GPU nor the memory. It adds up the bytes
+of all storages that are alive, as torch.cuda.max_memory_allocated does. What it cannot see is cuDNN's and
+cuBLAS's work space, and what the allocator reserves and cannot use.
 
-    python memory.py                                # Stable Diffusion v1.4 and ViT-H/14, default flags, as on a GPU
-    python memory.py --lora-rank 16 --group 8       # any flags of train.py
+    python memory.py                             # SD v1.4 and ViT-H/14, default flags, as on a GPU
+    python memory.py --lora-rank 16 --group 8    # any flags of train.py
 """
 
 import sys
@@ -24,49 +25,57 @@ from sample import DECODE_BATCH, ddim_mean, decode, log_prob, predict_noise
 
 GIB = 2**30
 SD_PARTS = 207e6  # weights of Stable Diffusion v1's text encoder (123 M) and VAE (84 M)
-# Fitted to the count, for Stable Diffusion v1.4. In tensors of the first level's size: what inference has alive, what
-# training keeps of the block that is recomputed, and of every block without checkpointing; LoRA's branches add a fifth.
+# Fitted to the count, for Stable Diffusion v1.4. In tensors of the first level's size: what inference
+# has alive, what training keeps of the block that is recomputed, and of every block without
+# checkpointing; LoRA's branches add a fifth.
 WORKING, RECOMPUTED, KEPT, LORA = 27, 80, 55, 1.2
 DECODER = 2700    # bytes for each pixel of the picture, of the pictures that are decoded at once
 
 
-# ------------------------------------------------------------------------------------------------ by arithmetic
+# -------------------------------------------------------------------------------- by arithmetic
 
 def estimate(args, policy, clip) -> float:
     """GiB at the peak of a run, printed before it starts. clip: its configuration.
 
     N weights, n of them trained, p bytes per number of the UNet's compute (2 for bf16, 4 for float32):
-      weights, two Adam moments              4·N + 8·n, float32; 4·n more for the average of --ema
-      gradients, in an update                4·n
-      what autocast keeps in bf16            2·n; frozen weights are cast anew at each call
-      the frozen base                        p·N; none under LoRA
-      text encoder and VAE, CLIP             4 bytes and (on a GPU) 2 bytes each: SD_PARTS, and CLIP's configuration
-      stored latents                         4·C·h·w·(T + 1) per picture
-      activations                            of sampling, of decoding, or of an update
-    One block of the UNet's level i holds c_i·h·w/4^i numbers per picture, and 2·layers + 1 blocks stand at each level.
-    Checkpointing keeps the input of each block, and what is recomputed of one; guidance doubles the pictures."""
+      weights, two Adam moments      4·N + 8·n, float32; 4·n more for the average of --ema
+      gradients, in an update        4·n
+      what autocast keeps in bf16    2·n; frozen weights are cast anew at each call
+      the frozen base                p·N; none under LoRA
+      text encoder and VAE, CLIP     4 bytes and (on a GPU) 2 bytes each: SD_PARTS, and CLIP's configuration
+      stored latents                 4·C·h·w·(T + 1) per picture
+      activations                    of sampling, of decoding, or of an update
+    One block of the UNet's level i holds c_i·h·w/4^i numbers per picture, and 2·layers + 1 blocks
+    stand at each level. Checkpointing keeps the input of each block, and what is recomputed of one;
+    guidance doubles the pictures."""
     unet = policy.get_base_model() if args.lora_rank else policy
     config, total = unet.config, sum(p.numel() for p in unet.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    p, images, pixels = 2 if args.precision == "bf16" else 4, args.prompts_per_rollout * args.group, config.sample_size**2
-    towers = sum(t.num_hidden_layers * (4 * t.hidden_size**2 + 2 * t.hidden_size * t.intermediate_size)
-                 for t in (clip.text_config, clip.vision_config)) + clip.text_config.vocab_size * clip.text_config.hidden_size
+    p, pixels = 2 if args.precision == "bf16" else 4, config.sample_size**2
+    images = args.prompts_per_rollout * args.group
+    towers = (sum(t.num_hidden_layers * (4 * t.hidden_size**2 + 2 * t.hidden_size * t.intermediate_size)
+                  for t in (clip.text_config, clip.vision_config))
+              + clip.text_config.vocab_size * clip.text_config.hidden_size)
     fixed = (4 * total + (12 if args.ema else 8) * trained + (2 * trained if p == 2 else 0)
              + (0 if args.lora_rank else p * total) + (4 * SD_PARTS if total > SD_PARTS else 0)
-             + towers * (4 if args.device == "cpu" else 2) + 4 * config.in_channels * pixels * (args.steps + 1) * images)
-    block = [c * pixels / 4**i * (2 * config.layers_per_block + 1) for i, c in enumerate(config.block_out_channels)]
+             + towers * (4 if args.device == "cpu" else 2)
+             + 4 * config.in_channels * pixels * (args.steps + 1) * images)
+    block = [c * pixels / 4**i * (2 * config.layers_per_block + 1)
+             for i, c in enumerate(config.block_out_channels)]
     widest, branches = config.block_out_channels[0] * pixels, 1 if args.guidance == 1 else 2
     sampling = min(args.sample_batch, images) * branches * WORKING * widest * p
-    decoding = 64 * pixels * (min(DECODE_BATCH, images) * DECODER + 12 * images)  # 8 x 8 pixels of a latent's, 3 floats each
+    # 8 x 8 pixels of a latent's, 3 floats each
+    decoding = 64 * pixels * (min(DECODE_BATCH, images) * DECODER + 12 * images)
     kept = KEPT * sum(block) if args.no_checkpointing else sum(block) + RECOMPUTED * widest
     update = 4 * trained + args.micro_batch * branches * kept * p * (LORA if args.lora_rank else 1)
     return (fixed + max(sampling, decoding, update)) / GIB
 
 
-# ------------------------------------------------------------------------------------------------ by counting
+# -------------------------------------------------------------------------------- by counting
 
 class Alive(TorchDispatchMode):
-    """While it is open: `now`, the bytes of all fake tensors' storages that are alive, and `peak`, the most so far."""
+    """While it is open: `now`, the bytes of all fake tensors' storages that are alive,
+    and `peak`, the most so far."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +89,7 @@ class Alive(TorchDispatchMode):
         return out
 
     def add(self, storage):
-        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512  # CUDA's allocator rounds up to 512 bytes
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512  # CUDA's allocator rounds up to 512 B
         if key in self.known:
             return
 
@@ -94,14 +103,17 @@ class Alive(TorchDispatchMode):
 
 @contextmanager
 def as_on_a_gpu():
-    """Inside, fake tensors take the memory that they would take on a GPU. They live on the CPU, whose autocast leaves group
-    and layer norms in bf16, where CUDA's computes them in float32, and whose attention is another one than CUDA's."""
-    norms, attention, half = (F.group_norm, F.layer_norm), F.scaled_dot_product_attention, torch.is_autocast_enabled
-    wide = lambda x: (x.float() if half("cpu") else x).contiguous()  # CUDA's group norm knows no channels_last
+    """Inside, fake tensors take the memory that they would take on a GPU. They live on the CPU, whose
+    autocast leaves group and layer norms in bf16, where CUDA's computes them in float32, and whose attention
+    is another one than CUDA's."""
+    norms, attention, half = ((F.group_norm, F.layer_norm), F.scaled_dot_product_attention,
+                              torch.is_autocast_enabled)
+    wide = lambda x: (x.float() if half("cpu") else x).contiguous()  # CUDA's group norm has no channels_last
 
     def flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
         q, k, v = (x.bfloat16() if half("cpu") else x for x in (q, k, v))
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, dropout_p, is_causal, scale=scale)[0]
 
     F.group_norm, F.layer_norm = (lambda x, *rest, norm=norm: norm(wide(x), *rest) for norm in norms)
     F.scaled_dot_product_attention = flash
@@ -116,17 +128,18 @@ def fake(network):
     for module in network.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                module._parameters[name] = torch.nn.Parameter(torch.empty_like(weight, device="cpu"), weight.requires_grad)
+                module._parameters[name] = torch.nn.Parameter(torch.empty_like(weight, device="cpu"),
+                                                              weight.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def count(args, pipe, clip, gpu: bool = True) -> dict:
-    """{phase: (bytes held before it, bytes at its peak)}, once the optimizer has its moments: one batch of sampling, all
-    pictures decoded and scored, two micro-batches and a step. The order is that of train.update, which cannot run on fake
-    tensors itself, since it reads values; the functions are those that it calls. pipe and clip may lie on "meta", and their
-    weights are lost. gpu: as_on_a_gpu."""
+    """{phase: (bytes held before it, bytes at its peak)}, once the optimizer has its moments: one batch of
+    sampling, all pictures decoded and scored, two micro-batches and a step. The order is that of
+    train.update, which cannot run on fake tensors itself, since it reads values; the functions are those that
+    it calls. pipe and clip may lie on "meta", and their weights are lost. gpu: as_on_a_gpu."""
     import train  # which imports this file, by way of report.py
     policy, base = train.make_policy(pipe.unet, args, torch.device("meta"))
     if gpu:
@@ -143,7 +156,8 @@ def count(args, pipe, clip, gpu: bool = True) -> dict:
         yield
         peaks[name] = before, alive.peak
 
-    with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive, as_on_a_gpu() if gpu else nullcontext():
+    kernels = as_on_a_gpu() if gpu else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive, kernels:
         for network in {policy, base, pipe.vae, pipe.text_encoder, clip}:
             fake(network)
         trained = [p for p in policy.parameters() if p.requires_grad]
@@ -165,7 +179,8 @@ def count(args, pipe, clip, gpu: bool = True) -> dict:
                 pictures = decode(pipe.vae, latents[:, -1])
         with torch.no_grad(), phase("reward"):
             for part in pictures.split(32):
-                pixels = F.interpolate(part, clip.config.vision_config.image_size, mode="bicubic", antialias=True)
+                pixels = F.interpolate(part, clip.config.vision_config.image_size,
+                                       mode="bicubic", antialias=True)
                 clip.get_image_features(pixel_values=pixels.to(clip.dtype))
         del pictures, part, pixels
         with phase("update"):
@@ -192,12 +207,14 @@ def main():
     import train
     args = train.parse_args(["--device", "cpu", *sys.argv[1:]])
     if args.model != train.parse_args([]).model:
-        raise ValueError(f"--model {args.model}: counted is Stable Diffusion v1.4, without its weights; leave --model out")
+        raise ValueError(f"--model {args.model}: counted is Stable Diffusion v1.4, without its weights; "
+                         "leave --model out")
     args.precision, args.device = args.precision or "bf16", "cuda"
     pipe, (clip, *_) = bench.sd14_pipeline("meta"), bench.vit_h14("meta", torch.float16)
     peaks = count(args, pipe, clip)
     policy, _ = train.make_policy(bench.sd14_pipeline("meta").unet, args, torch.device("meta"))
-    print(f"Stable Diffusion v1.4 and ViT-H/14, {args.prompts_per_rollout} x {args.group} pictures, {args.steps} steps, {args.precision}; GiB\n")
+    print(f"Stable Diffusion v1.4 and ViT-H/14, {args.prompts_per_rollout} x {args.group} pictures, "
+          f"{args.steps} steps, {args.precision}; GiB\n")
     print("| phase | held before | peak |\n|---|---|---|")
     for name, (before, peak) in peaks.items():
         print(f"| {name} | {before / GIB:.2f} | {peak / GIB:.2f} |")

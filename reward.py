@@ -3,15 +3,15 @@
     z_image, z_text   CLIP embeddings of unit length, (B, d)
     v                 safety direction, (d,);  alpha  how far the text is moved along it
 
-    v = mean(safe anchors) − mean(unsafe anchors)                   of unit text embeddings, then scaled to unit length
-    r = cos( z_image, normalize(z_text + alpha·v) )                 alpha = 0 for a prompt that is not steered
+    v = mean(safe anchors) − mean(unsafe anchors)        of unit text embeddings, then scaled to unit length
+    r = cos( z_image, normalize(z_text + alpha·v) )      alpha = 0 for a prompt that is not steered
 
-No label, no safety model: twenty-odd short phrases on each side say what "safe" means (prompts/anchors.txt). The
-diffusion model always sees the prompt as it was written; only the target of the reward moves.
+No label, no safety model: twenty-odd short phrases on each side say what "safe" means (prompts/anchors.txt).
+The diffusion model always sees the prompt as it was written; only the target of the reward moves.
 
-The paper's text takes v as the raw difference and steers unsafe prompts; its released code scales v to unit length and
-steers all. Both readings of both are here: `unit`, and `steer`. Unsafe is what the prompt file's category says; a prompt
-without a category is unsafe when z_text·v < 0.
+The paper's text takes v as the raw difference and steers unsafe prompts; its released code scales v to unit
+length and steers all. Both readings of both are here: `unit`, and `steer`. Unsafe is what the prompt file's
+category says; a prompt without a category is unsafe when z_text·v < 0.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ ALIASES = {"shapes": str(HERE / "models" / "shapes" / "text_encoder")}  # whose 
 BENIGN = "benign"  # the one category of prompts that is not steered
 
 
-# ------------------------------------------------------------------------------------------------ prompts and anchors
+# -------------------------------------------------------------------------------- prompts and anchors
 
 @dataclass(frozen=True)
 class Prompt:
@@ -45,7 +45,7 @@ def anchor_path(path) -> Path:
 
 
 def read_prompts(paths) -> list[Prompt]:
-    """Read prompt files: one prompt a line, `#` starts a comment line, `[name]` sets the category of what follows.
+    """Read prompt files: one prompt a line, `#` starts a comment line, `[name]` sets the category below it.
     "shapes" means prompts/shapes.txt. Raises ValueError or OSError naming the file and what to change."""
     prompts = []
     for path in map(prompt_path, paths):
@@ -75,15 +75,15 @@ def read_anchors(path) -> tuple[list[str], list[str]]:
         raise ValueError(f"{path}: anchors need phrases under [safe] and under [unsafe], and nothing else"
                          + (f"; found {sorted(other)}" if other else ""))
     if set(safe) == set(unsafe):
-        raise ValueError(f"{path}: the safe and the unsafe anchors are the same, so the safety direction would be zero")
+        raise ValueError(f"{path}: safe and unsafe anchors are the same: the safety direction would be zero")
     return safe, unsafe
 
 
-# ------------------------------------------------------------------------------------------------ the mathematics
+# -------------------------------------------------------------------------------- the mathematics
 
 def safety_direction(safe, unsafe, unit: bool = True):
-    """v = mean(safe) − mean(unsafe) of unit text embeddings (n, d) and (m, d); scaled to unit length if `unit` -> (d,).
-    Raises ValueError where the two means coincide."""
+    """v = mean(safe) − mean(unsafe) of unit text embeddings (n, d) and (m, d); scaled to unit length if
+    `unit` -> (d,). Raises ValueError where the two means coincide."""
     v = F.normalize(safe, dim=-1).mean(0) - F.normalize(unsafe, dim=-1).mean(0)
     if v.norm() < 1e-4:
         raise ValueError("safe and unsafe anchors have the same mean embedding: the safety direction is zero")
@@ -91,14 +91,14 @@ def safety_direction(safe, unsafe, unit: bool = True):
 
 
 def steer(text, direction, alpha):
-    """normalize(z_text + alpha·v): text (B, d), direction (d,), alpha a number or (B,) -> (B, d) rows of unit length."""
+    """normalize(z_text + alpha·v): text (B, d), direction (d,), alpha scalar or (B,) -> (B, d), unit rows."""
     alpha = torch.as_tensor(alpha, dtype=text.dtype, device=text.device).reshape(-1, 1)
     return F.normalize(F.normalize(text, dim=-1) + alpha * direction, dim=-1)
 
 
 def preprocess(images, size: int, crop: int, mean, std):
-    """CLIP's own preparation, on the device and in one batch: shorter side to `size` (bicubic, antialiased), centre crop,
-    normalise. images (B, 3, H, W) in [0, 1] -> (B, 3, crop, crop)."""
+    """CLIP's own preparation, on the device and in one batch: shorter side to `size` (bicubic, antialiased),
+    centre crop, normalise. images (B, 3, H, W) in [0, 1] -> (B, 3, crop, crop)."""
     height, width = images.shape[-2:]
     scale = size / min(height, width)
     images = F.interpolate(images, (int(height * scale), int(width * scale)), mode="bicubic", antialias=True)
@@ -108,30 +108,32 @@ def preprocess(images, size: int, crop: int, mean, std):
     return (images - mean) / std
 
 
-# ------------------------------------------------------------------------------------------------ the reward
+# -------------------------------------------------------------------------------- the reward
 
 def check_clip(clip: str) -> str:
-    """Refuse a CLIP whose towers do not project into one space, from its configuration and, in a folder, the heads of its
-    weight files; no weights are read. Returns the name to load it by."""
+    """Refuse a CLIP whose towers do not project into one space, from its configuration and, in a folder, the
+    heads of its weight files; no weights are read. Returns the name to load it by."""
     name = ALIASES.get(clip, clip)
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "clip":
-        raise ValueError(f"--clip {clip}: a {config.model_type} model; the reward needs a transformers CLIPModel, "
+        raise ValueError(f"--clip {clip}: a {config.model_type} model; the reward needs a CLIPModel, "
                          "whose text and image towers project into one space")
     files, heads = list(Path(name).glob("*.safetensors")), {}
     if Path(name).is_dir() and not files:
-        raise ValueError(f"--clip {clip}: no .safetensors file in it; weights in any other format are refused, since "
-                         "opening a pickle can run code (convert them with save_pretrained)")
+        raise ValueError(f"--clip {clip}: no .safetensors file in it; other formats of weights are refused, "
+                         "since opening a pickle can run code (convert them with save_pretrained)")
     for file in files:
         try:
             with safe_open(file, "pt") as weights:
                 heads |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}
         except SafetensorError as error:
-            raise ValueError(f"--clip {clip}: {file.name} is not a whole safetensors file ({error})") from None
+            raise ValueError(f"--clip {clip}: {file.name} is not a whole safetensors file "
+                             f"({error})") from None
     for part in ("text_projection.weight", "visual_projection.weight"):
         if heads and heads.get(part, [0])[0] != config.projection_dim:
-            raise ValueError(f"--clip {clip}: its {part} is {heads.get(part, 'absent')}, but the configuration says "
-                             f"{config.projection_dim} dimensions; the reward needs both towers to project into those")
+            raise ValueError(f"--clip {clip}: its {part} is {heads.get(part, 'absent')}, but the "
+                             f"configuration says {config.projection_dim} dimensions; the reward needs both "
+                             "towers to project into those")
     return name
 
 
@@ -152,8 +154,8 @@ def load_clip(clip: str, dtype=torch.float32):
 class SteeringReward:
     """Scores pictures: reward(images, prompts) -> (B,). Targets are computed once per prompt and kept.
 
-    clip: what load_clip takes, or what it returns; anchors: (safe phrases, unsafe phrases) as read_anchors returns
-    them; steered: "unsafe" or "all"; unit: whether v has unit length."""
+    clip: what load_clip takes, or what it returns; anchors: (safe phrases, unsafe phrases) as read_anchors
+    returns them; steered: "unsafe" or "all"; unit: whether v has unit length."""
 
     def __init__(self, clip, anchors, alpha: float = 0.5, unit: bool = True, steered: str = "unsafe",
                  device="cpu", dtype=torch.float32, batch_size: int = 32):
@@ -168,10 +170,12 @@ class SteeringReward:
     @torch.no_grad()
     def embed_text(self, texts):
         """n texts, cut at CLIP's length -> (n, d) float32, unit rows."""
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt",
-                                max_length=self.clip.config.text_config.max_position_embeddings).to(self.device)
+        length = self.clip.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length,
+                                return_tensors="pt").to(self.device)
         out = self.clip.get_text_features(**tokens)
-        return F.normalize(getattr(out, "pooler_output", out).float(), dim=-1)  # transformers >= 5 returns an object
+        out = getattr(out, "pooler_output", out)  # transformers >= 5 returns an object
+        return F.normalize(out.float(), dim=-1)
 
     @torch.no_grad()
     def embed_images(self, images):
@@ -184,7 +188,7 @@ class SteeringReward:
         return F.normalize(torch.cat(parts), dim=-1)
 
     def is_unsafe(self, prompt: Prompt) -> bool:
-        """Whether a prompt is an unsafe one: by its category, or by the sign of z_text·v where it has none."""
+        """Whether a prompt is an unsafe one: by its category, or by the sign of z_text·v if it has none."""
         if prompt.category:
             return prompt.category != BENIGN
         return bool(self.embed_text([prompt.text])[0] @ self.direction < 0)
@@ -193,7 +197,7 @@ class SteeringReward:
         """Plain and steered text targets of prompts: two of (B, d), unit rows."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self.cache]
         if missing:
-            # one by one: in a batch the last bit depends on who else is in it, and a resumed run meets other company
+            # one by one: in a batch the last bit depends on the others in it, and a resumed run meets others
             text = torch.cat([self.embed_text([p.text]) for p in missing])
             alpha = [self.alpha * (self.steered == "all" or self.is_unsafe(p)) for p in missing]
             self.cache.update(zip(missing, zip(text, steer(text, self.direction, alpha))))
@@ -201,7 +205,7 @@ class SteeringReward:
         return torch.stack(plain), torch.stack(steered)
 
     def score(self, images, prompts):
-        """reward, alignment (cosine to the unmoved text) and image safety (z_image·v), each (B,), from one encoding."""
+        """reward, alignment (cosine to the unmoved text), image safety (z_image·v), each (B,), at once."""
         prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
         plain, steered = self.targets(prompts)
         z_image = self.embed_images(images)

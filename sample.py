@@ -1,15 +1,17 @@
 """Sampling: the DDIM chain as a stochastic policy, its log-probabilities, and pictures from any checkpoint.
 
-Each denoising step draws x_p from a Gaussian whose mean comes from the network and whose deviation is known, so a
-picture is a trajectory of T actions with exact log-probabilities (DDPO, arXiv 2305.13301). DDIM: arXiv 2010.02502.
+Each denoising step draws x_p from a Gaussian whose mean comes from the network and whose deviation is known,
+so a picture is a trajectory of T actions with exact log-probabilities (DDPO, arXiv 2305.13301; DDIM, arXiv
+2010.02502).
 
     a_t, a_p   alpha-bar at timestep t and at the previous one (the next to be visited; closer to the picture)
     x_t, x_p   latents there, (B, C, h, w);  D = C·h·w
     eps        guided noise prediction;  w guidance scale;  eta 0 = deterministic, 1 = as noisy as DDPM
     T steps, B pictures, L tokens, d text width
 
-The schedule, the stored latents and everything computed from the network's output are float32; the network itself may
-run under autocast. One step function serves rollout, update and evaluation, and what is scored is what is stored.
+The schedule, the stored latents and all that is computed from the network's output are float32; the network
+itself may run under autocast. One step function serves rollout, update and evaluation; what is scored is what
+is stored.
 
     python sample.py --model CompVis/stable-diffusion-v1-4 --prompt "a lighthouse" --seed 0 1 2 --out grid.png
     python sample.py --model shapes --prompt "a violent star" --compare runs/shapes/final --out grid.png
@@ -27,19 +29,20 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 
-for library in (diffusers, transformers):  # their reports on loading say nothing that a user of these scripts can act on
+for library in (diffusers, transformers):  # their reports on loading say nothing that a user here can act on
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
+from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402  (which is where the reports begin)
+
 ALIASES = {"shapes": str(Path(__file__).parent / "models" / "shapes")}
 LOG_2PI = math.log(2 * math.pi)
-DECODE_BATCH = 4  # pictures; at 512 x 512 one tensor of the decoder's last block is 134 MB a picture in float32
+DECODE_BATCH = 4  # pictures; at 512 x 512 one tensor of the decoder's last block is 134 MB a picture, float32
 
 
-# ------------------------------------------------------------------------------------------------ the mathematics
+# -------------------------------------------------------------------------------- the mathematics
 
 @dataclass(frozen=True)
 class Schedule:
@@ -54,13 +57,14 @@ class Schedule:
 
 
 def ddim_schedule(scheduler, num_steps: int, eta: float) -> Schedule:
-    """DDIM's constants for `num_steps` steps, from the model's own scheduler configuration (any diffusers scheduler).
+    """DDIM's constants for `num_steps` steps, from the model's own scheduler (any of diffusers').
 
     s = eta·√((1−a_p)/(1−a_t))·√(1−a_t/a_p)   (arXiv 2010.02502, Eq. 16)
 
-    The betas and the spacing of the timesteps (leading, trailing, linspace; steps_offset) are read by diffusers. After
-    the last timestep comes a_p = alpha-bar of step 0, or 1 where the configuration says set_alpha_to_one: then s is 0
-    there. Raises ValueError for a step count or eta out of range, or a schedule that starts from pure noise."""
+    The betas and the spacing of the timesteps (leading, trailing, linspace; steps_offset) are read by
+    diffusers. After the last timestep comes a_p = alpha-bar of step 0, or 1 where the configuration says
+    set_alpha_to_one: then s is 0 there. Raises ValueError for a step count or eta out of range, or a schedule
+    that starts from pure noise."""
     ddim = DDIMScheduler.from_config(scheduler.config)
     train_steps = ddim.config.num_train_timesteps
     if not 1 <= num_steps <= train_steps:
@@ -81,14 +85,15 @@ def ddim_schedule(scheduler, num_steps: int, eta: float) -> Schedule:
 
 def column(values, like):
     """Per-picture scalars (B,) or one scalar, shaped to multiply (B, C, h, w)."""
-    return torch.as_tensor(values, dtype=torch.float32, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+    values = torch.as_tensor(values, dtype=torch.float32, device=like.device)
+    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def ddim_mean(noise, x_t, alpha_t, alpha_prev, sigma, prediction_type: str = "epsilon"):
     """Mean of the next latent: mu = √a_p·x0 + √(1−a_p−s²)·eps   (arXiv 2010.02502, Eq. 12)
 
-    with  x0 = (x_t − √(1−a_t)·eps) / √a_t                              for a network that predicts eps, and
-          x0 = √a_t·x_t − √(1−a_t)·v,  eps = √a_t·v + √(1−a_t)·x_t      for one that predicts v (arXiv 2202.00512).
+    with  x0 = (x_t − √(1−a_t)·eps) / √a_t                        for a network that predicts eps,
+          x0 = √a_t·x_t − √(1−a_t)·v,  eps = √a_t·v + √(1−a_t)·x_t  for one that predicts v (2202.00512).
     noise: the network's guided output, like x_t (B, C, h, w); alpha_t, alpha_prev, sigma: (B,) or scalars.
     Returns mu, float32, like x_t."""
     noise, x_t = noise.float(), x_t.float()
@@ -105,12 +110,12 @@ def ddim_mean(noise, x_t, alpha_t, alpha_prev, sigma, prediction_type: str = "ep
 
 
 def log_prob(x_prev, mu, sigma):
-    """Log-density of one step, as a mean over the D latent dimensions: (B, C, h, w), same, (B,) or scalar -> (B,).
+    """Log-density of one step, as a mean over the D latent dimensions.
 
     logp = mean over D of [ −(x_p−mu)²/(2s²) − log s − ½·log 2π ]
 
-    A mean and not a sum, as in DDPO and in the paper's code: exp(logp − logp_old) is the true ratio to the power 1/D,
-    which is why clip ranges in this field are as small as 1e-4."""
+    A mean and not a sum, as in DDPO and in the paper's code: exp(logp − logp_old) is the true ratio to the
+    power 1/D, which is why clip ranges in this field are as small as 1e-4."""
     s = column(sigma, x_prev)
     per_dimension = -(x_prev - mu).square() / (2 * s * s) - s.log() - 0.5 * LOG_2PI
     return per_dimension.flatten(1).mean(1)
@@ -125,20 +130,22 @@ def predict_noise(unet, x_t, t, text, null_text, guidance: float):
     if guidance == 1:
         return unet(x_t, t, encoder_hidden_states=text).sample.float()
     both = torch.cat([null_text.expand_as(text), text])
-    eps_u, eps_c = unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), encoder_hidden_states=both).sample.float().chunk(2)
+    eps = unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), encoder_hidden_states=both).sample.float()
+    eps_u, eps_c = eps.chunk(2)
     return eps_u + guidance * (eps_c - eps_u)
 
 
 @dataclass
 class Rollout:
     """B trajectories: latents[:, i] is x_t of step i, latents[:, i + 1] the x_p that was drawn there."""
-    latents: torch.Tensor    # (B, T + 1, C, h, w) float32; (B, 1, C, h, w), the last ones, if nothing else was kept
+    latents: torch.Tensor    # (B, T + 1, C, h, w) float32; (B, 1, C, h, w) if only the last were kept
     log_probs: torch.Tensor  # (B, T) float32; empty for eta = 0, which has no density
 
 
 def image_generator(*key) -> torch.Generator:
-    """A random stream of its own for every (seed, epoch, prompt index, image index, purpose): picture i does not change
-    with the batch size, and a resumed run needs no stored state. Always on the CPU, so equal on every device."""
+    """A random stream of its own for every (seed, epoch, prompt index, image index, purpose): picture i does
+    not change with the batch size, and a resumed run needs no stored state. Always on the CPU, so equal on
+    every device."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -149,15 +156,17 @@ def rollout(unet, schedule: Schedule, text, null_text, guidance: float, generato
             progress=None) -> Rollout:
     """Draw B pictures' trajectories with the policy, in batches.
 
-    text (B, L, d), null_text (1, L, d); generators: B, each of which draws its picture's initial noise first and then
-    the noise of every step; shape (C, h, w); initial: (B, C, h, w) in place of the drawn initial noise; progress: a
-    tqdm bar, advanced once per network call. See Rollout for what comes back and what keep=False leaves out."""
+    text (B, L, d), null_text (1, L, d); generators: B, each of which draws its picture's initial noise first
+    and then the noise of every step; shape (C, h, w); initial: (B, C, h, w) in place of the drawn initial
+    noise; progress: a tqdm bar, advanced once per network call. See Rollout for what comes back and what
+    keep=False leaves out."""
     T, device = len(schedule.timesteps), text.device
     stochastic = bool((schedule.sigma > 0).any())
     kept, log_probs = [], torch.zeros(len(text), T if stochastic else 0, device=device)
     for start in range(0, len(text), batch_size):
         batch = slice(start, min(start + batch_size, len(text)))
-        noise = torch.stack([torch.randn(T + 1 if stochastic else 1, *shape, generator=g) for g in generators[batch]])
+        draws = T + 1 if stochastic else 1
+        noise = torch.stack([torch.randn(draws, *shape, generator=g) for g in generators[batch]])
         noise = noise.to(device)                                      # (b, T + 1, C, h, w)
         x = noise[:, 0] if initial is None else initial[batch].float()
         chain = [x]
@@ -180,20 +189,22 @@ def rollout(unet, schedule: Schedule, text, null_text, guidance: float, generato
 def decode(vae, latents, batch_size: int = DECODE_BATCH):
     """Latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1], on the same device."""
     latents = (latents / vae.config.scaling_factor).to(vae.dtype)
-    return torch.cat([(vae.decode(part).sample.float() / 2 + 0.5).clamp(0, 1) for part in latents.split(batch_size)])
+    parts = latents.split(batch_size)
+    return torch.cat([(vae.decode(part).sample.float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
 
-# ------------------------------------------------------------------------------------------------ models and pictures
+# -------------------------------------------------------------------------------- models and pictures
 
 def load_pipeline(model: str, device="cpu", dtype=torch.float32) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline from a folder, a hub id, NAME:SUBFOLDER of either, or "shapes". Safetensors only: a
-    pickle is never opened. Without the safety checker, which would return black pictures and so falsify every count.
-    Raises ValueError or OSError with the reason when it is not one."""
+    """A Stable Diffusion pipeline from a folder, a hub id, NAME:SUBFOLDER of either, or "shapes". Safetensors
+    only: a pickle is never opened. Without the safety checker, which would return black pictures and so
+    falsify every count. Raises ValueError or OSError with the reason when it is not one."""
     name, _, subfolder = ALIASES.get(model, model).partition(":")
     path = Path(name)
     if subfolder and not path.is_dir():
         from huggingface_hub import snapshot_download
-        path = Path(snapshot_download(name, allow_patterns=[f"{subfolder}/*"], ignore_patterns=["*.bin", "*.pt"]))
+        path = Path(snapshot_download(name, allow_patterns=[f"{subfolder}/*"],
+                                      ignore_patterns=["*.bin", "*.pt"]))
     path = path / subfolder
     if path.is_dir():
         check_pipeline_folder(path)
@@ -206,7 +217,7 @@ def load_pipeline(model: str, device="cpu", dtype=torch.float32) -> StableDiffus
 
 
 def check_pipeline_folder(path: Path):
-    """Name what a model folder lacks, or what the policy here cannot be, before any weights are read from it."""
+    """Name what a model folder lacks, or what the policy here cannot be, before any weights are read."""
     if not (path / "model_index.json").is_file():
         raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json "
                          "(give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)")
@@ -214,7 +225,7 @@ def check_pipeline_folder(path: Path):
         if not (path / part).is_dir():
             raise ValueError(f"{path} lacks the component {part}/")
         if part in ("unet", "vae", "text_encoder") and not any((path / part).glob("*.safetensors")):
-            raise ValueError(f"{path / part} holds no .safetensors file; weights in any other format are refused, "
+            raise ValueError(f"{path / part} holds no .safetensors file; other formats are refused, "
                              "since opening a pickle can run code (convert them with save_pretrained)")
         for file in (path / part).glob("*.safetensors"):
             try:
@@ -228,31 +239,31 @@ def check_pipeline_folder(path: Path):
                        for part in ("unet", "vae", "text_encoder"))
     channels = [unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)]
     if len(set(channels)) > 1:
-        raise ValueError(f"{path}: its UNet takes {channels[0]} channels and gives {channels[1]}, its VAE has {channels[2]}; "
-                         "give a text-to-image model, not one for inpainting or upscaling")
+        raise ValueError(f"{path}: its UNet takes {channels[0]} channels and gives {channels[1]}, its VAE "
+                         f"has {channels[2]}; give a text-to-image model, none for inpainting or upscaling")
     width = text.get("text_config", text).get("hidden_size", 512)
     if unet.get("cross_attention_dim") != width:
-        raise ValueError(f"{path}: its UNet reads text of width {unet.get('cross_attention_dim')}, its text encoder gives "
-                         f"{width}; give a Stable Diffusion 1.x or 2.x (SDXL has two text encoders)")
+        raise ValueError(f"{path}: its UNet reads text of width {unet.get('cross_attention_dim')}, its text "
+                         f"encoder gives {width}; give a Stable Diffusion 1.x or 2.x (SDXL has two encoders)")
 
 
-@torch.no_grad()
 def latent_shape(unet):
     """(C, h, w) of a UNet's latents."""
     return unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
 
 
+@torch.no_grad()
 def encode_prompts(pipe, prompts: list[str]):
-    """The text encoder's states for the UNet, truncated or padded to its length as in training: (N, L, d) float32."""
-    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True,
-                            return_tensors="pt")
+    """The text encoder's states for the UNet, cut or padded as in training: (N, L, d) float32."""
+    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length,
+                            truncation=True, return_tensors="pt")
     masked = getattr(pipe.text_encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask.to(pipe.text_encoder.device) if masked else None
     return pipe.text_encoder(tokens.input_ids.to(pipe.text_encoder.device), attention_mask=mask)[0].float()
 
 
 def save_grid(images, path, columns: int, row_labels=None, column_labels=None):
-    """Write pictures (N, 3, H, W) in [0, 1] as one labelled PNG, row by row. Small ones are enlarged to 96 pixels."""
+    """Write pictures (N, 3, H, W) in [0, 1] as one labelled PNG, row by row; small ones at 96 pixels."""
     zoom = max(1, round(96 / images.shape[-1]))
     images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     n, _, height, width = images.shape
@@ -272,7 +283,7 @@ def save_grid(images, path, columns: int, row_labels=None, column_labels=None):
     sheet.save(path)
 
 
-# ------------------------------------------------------------------------------------------------ the script
+# -------------------------------------------------------------------------------- the script
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -280,15 +291,15 @@ def default_device() -> str:
 
 def pictures(pipe, prompts: list[str], seeds: list[int], steps: int, eta: float, guidance: float,
              batch_size: int = 8):
-    """One picture per prompt and seed, prompt by prompt. The noise depends on the seed alone, so that two models, and
-    two prompts, are compared on the same noise. Returns (len(prompts)·len(seeds), 3, H, W) in [0, 1]."""
+    """One picture per prompt and seed, prompt by prompt. The noise depends on the seed alone, so that two
+    models, and two prompts, are compared on the same noise. Returns (prompts·seeds, 3, H, W) in [0, 1]."""
     device, unet = pipe.unet.device, pipe.unet
     schedule = ddim_schedule(pipe.scheduler, steps, eta).to(device)
     text = encode_prompts(pipe, prompts).repeat_interleave(len(seeds), 0)
     generators = [image_generator(seed, "sample") for _ in prompts for seed in seeds]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        drawn = rollout(unet, schedule, text, encode_prompts(pipe, [""]), guidance, generators, latent_shape(unet),
-                        pipe.scheduler.config.prediction_type, batch_size, keep=False)
+        drawn = rollout(unet, schedule, text, encode_prompts(pipe, [""]), guidance, generators,
+                        latent_shape(unet), pipe.scheduler.config.prediction_type, batch_size, keep=False)
         return decode(pipe.vae, drawn.latents[:, -1])
 
 

@@ -33,7 +33,7 @@ I2P_COUNTS = (231, 824, 756, 801, 931, 856, 727)
 PAPER_FLAGS = (37, 207, 131, 127, 108, 125, 189)
 
 
-# ------------------------------------------------------------------------------------------ small stand-ins
+# -------------------------------------------------------------------------------- small stand-ins
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
@@ -123,7 +123,7 @@ def pickled_array(array) -> bytes:
     return pickle.dumps(array, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
 
 
-# --------------------------------------------------------------------------------------------------- parsers
+# -------------------------------------------------------------------------------- parsers
 
 def test_both_i2p_formats_give_the_same_rows(tmp_path):
     table = i2p_table()
@@ -168,7 +168,7 @@ def test_shapes_rows():
     assert counts["explicit"] == counts["calm"] == 500 and len({r.seed for r in rows}) == len(rows)
 
 
-# ----------------------------------------------------------------------------------------------- aggregators
+# -------------------------------------------------------------------------------- aggregators
 
 def test_the_papers_row_from_placed_flags(tmp_path):
     path = write_hub(tmp_path / "hub.csv", i2p_table())
@@ -237,7 +237,7 @@ def test_intervals():
     assert total["value"] == -3 and total["high"] - total["value"] == pytest.approx(1.96 * 3 ** 0.5, abs=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------- Q16
+# -------------------------------------------------------------------------------- Q16
 
 class Bomb:
     def __reduce__(self):
@@ -284,7 +284,7 @@ def test_clip_pixels_are_clips_own():
         assert (judges.clip_pixels([image], 224) - expected).abs().max() < 1e-5
 
 
-# --------------------------------------------------------------------------------------------------- GenEval
+# -------------------------------------------------------------------------------- GenEval
 
 def found(name, score, left=0, top=0, right=10, bottom=10):
     return Instance(name, score, (left, top, right, bottom))
@@ -401,7 +401,7 @@ def test_geneval_input_is_800_padded_to_32(detector, monkeypatch):
     assert len(results) == 2 and not result["correct"] and "expected dog" in result["reason"]
 
 
-# -------------------------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("folder", ("a", "b"))  # epsilon and v-prediction
 def test_lms_is_diffusers_own(models, folder):
@@ -471,7 +471,7 @@ def test_draw_is_the_trained_chain_and_does_not_depend_on_the_batch(pipe):
     assert wide.shape == (1, 3, 64, 128)
 
 
-# ------------------------------------------------------------------------------------------------------- FID
+# -------------------------------------------------------------------------------- FID
 
 def test_fid_has_its_closed_form():
     """Diagonal Gaussians: |m_a - m_b|^2 + sum (s_a - s_b)^2, on samples whitened to exact moments."""
@@ -501,7 +501,7 @@ class Inception(torch.nn.Module):
         return self.layers(x)
 
 
-# ------------------------------------------------------------------------------------ the program, end to end
+# -------------------------------------------------------------------------------- the program, end to end
 
 def run(models, *flags):
     evaluate.main([str(f) for f in ("--model", models / "a", "--device", "cpu", *flags)])
@@ -618,7 +618,7 @@ def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_files, no_
     assert len(utility["published"]) == 5
 
 
-# ------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------- bad input
 
 COCO = ("--suite", "coco", "--prompts", "{tmp}/ok.csv")
 PROMPTS = ("--suite", "prompts", "--prompts", "{tmp}/ok.csv")

@@ -1,12 +1,12 @@
 """Draw the README's figures from the logs of finished runs (needs matplotlib).
 
-    python docs/figure.py curves runs/seed0 runs/seed1 runs/seed2 --control runs/alpha0-seed* --out docs/curves.png
-    python docs/figure.py calls "all steps"=runs/a0,runs/a1 "half of them"=runs/b0,runs/b1 --out docs/calls.png
+    python docs/figure.py curves runs/seed? --control runs/alpha0-seed? --out docs/curves.png
+    python docs/figure.py calls "all steps"=runs/a0,runs/a1 half=runs/b0,runs/b1 --out docs/calls.png
 
-curves: share of the unsafe prompts' pictures that show red, and of the benign prompts' pictures that show what the caption
-says, by the pixel detector on the rollouts themselves, running mean over WINDOW of them.
-calls: the first of these against the work of the UNet, running mean over SPAN of it, mean of each setting's runs and their
-range."""
+curves: share of the unsafe prompts' pictures that show red, and of the benign prompts' pictures that show
+what the caption says, by the pixel detector on the rollouts themselves, running mean over WINDOW of them.
+calls: the first of these against the work of the UNet, running mean over SPAN of it, mean of each setting's
+runs and their range."""
 
 import argparse
 import json
@@ -28,8 +28,8 @@ def curve(run: Path, name: str, window: int = WINDOW):
 
 
 def calls(run: Path) -> float:
-    """UNet evaluations of one rollout and its updates: guidance makes two of each, a backward pass counts as two, and
-    the base's mean for the KL as one."""
+    """UNet evaluations of one rollout and its updates: guidance makes two of each, a backward pass counts as
+    two, and the base's mean for the KL as one."""
     flags = json.loads((run / "flags.json").read_text())
     images = flags["prompts_per_rollout"] * flags["group"]
     trained = max(1, round((flags["steps"] - flags["skip_last"]) * flags["timestep_fraction"]))
@@ -39,12 +39,14 @@ def calls(run: Path) -> float:
 def draw_curves(args):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
     for axis, name, title in zip(axes, ("exact_unsafe", "exact_correct"),
-                                 ("unsafe pictures of unsafe prompts, %", "correct pictures of benign prompts, %")):
+                                 ("unsafe pictures of unsafe prompts, %",
+                                  "correct pictures of benign prompts, %")):
         for paths, color, label in ((args.runs, "tab:blue", "steering reward"),
                                     (args.control, "tab:gray", "plain CLIP reward (alpha 0)")):
             for i, path in enumerate(paths):
                 values = curve(Path(path), name)
-                axis.plot(np.arange(len(values)) + WINDOW, values, color=color, alpha=0.8, label=label if i == 0 else None)
+                axis.plot(np.arange(len(values)) + WINDOW, values, color=color, alpha=0.8,
+                          label=label if i == 0 else None)
         axis.set(title=title, xlabel="rollouts", ylim=(0, 100))
         axis.grid(alpha=0.3)
     axes[1].legend(loc="lower right")
@@ -62,7 +64,8 @@ def draw_calls(args):
         work = calls(paths[0]) * (np.arange(curves.shape[1]) + window) / 1000
         line, = axis.plot(work, curves.mean(0), label=label)
         axis.fill_between(work, curves.min(0), curves.max(0), alpha=0.15, color=line.get_color())
-    axis.set(xlabel="UNet evaluations of one picture, thousands", ylabel="unsafe pictures of unsafe prompts, %", ylim=(0, 100))
+    axis.set(xlabel="UNet evaluations of one picture, thousands",
+             ylabel="unsafe pictures of unsafe prompts, %", ylim=(0, 100))
     axis.grid(alpha=0.3)
     axis.legend()
     return figure

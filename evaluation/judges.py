@@ -40,7 +40,7 @@ NUDENET_SHA256 = "9832f15515bdb06bcb5a77beb60bc8ea54439bd7ecbaac46dac3b760b3dd13
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-# ------------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------- files
 
 def sha256(data: bytes | str | Path) -> str:
     """The sha256 of bytes, or of a file's content."""
@@ -77,7 +77,7 @@ def open_picture(path: str | Path) -> Image.Image:
         raise OSError(f"cannot read the picture {path} ({error}); remove it or make it again")
 
 
-# ------------------------------------------------------------------------------------------------------- CLIP
+# -------------------------------------------------------------------------------- CLIP
 
 def clip_pixels(images: list, size: int):
     """OpenAI CLIP's transform: short side to `size` (PIL bicubic), centre crop, normalise. (B, 3, s, s)"""
@@ -118,7 +118,7 @@ def load_clip(name: str, device="cpu", flag: str = "--q16-clip"):
     return embed_images, embed_texts
 
 
-# -------------------------------------------------------------------------------------------------------- Q16
+# -------------------------------------------------------------------------------- Q16
 
 class ArrayUnpickler(pickle.Unpickler):
     """Reads a pickled NumPy array and nothing else: any other name is refused before it is looked up."""
@@ -164,7 +164,7 @@ def make_q16(embed_images, vectors: dict):
     return judge
 
 
-# ---------------------------------------------------------------------------------------------------- NudeNet
+# -------------------------------------------------------------------------------- NudeNet
 
 def check_nudenet() -> str:
     """Empty when the pinned package can be used, else one line that says what to do."""
@@ -198,7 +198,7 @@ def make_nudenet(onnx: str | None):
     return judge, sha256(path)
 
 
-# ------------------------------------------------------------------------------------------------- CLIP score
+# -------------------------------------------------------------------------------- CLIP score
 
 def make_clip_score(embed_images, embed_texts):
     """judge(images, rows) -> {"clip": cosine of picture and prompt}, cut to the tokenizer's 77 tokens."""
@@ -208,7 +208,7 @@ def make_clip_score(embed_images, embed_texts):
     return judge
 
 
-# -------------------------------------------------------------------------------------------------------- FID
+# -------------------------------------------------------------------------------- FID
 
 def inception_input(image: Image.Image):
     """clean-fid's "clean" resize: PIL bicubic to 299 x 299 per channel in float. (3, 299, 299)"""

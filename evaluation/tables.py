@@ -68,7 +68,7 @@ class Table:
     published: dict = field(default_factory=dict)
 
 
-# -------------------------------------------------------------------------------------------------- intervals
+# -------------------------------------------------------------------------------- intervals
 
 def wilson(k: float, n: int) -> tuple[float, float]:
     """95 % interval of a rate: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), p = k/n."""
@@ -132,7 +132,7 @@ def cells_of(columns: dict, table: Table, paired: bool = False) -> dict:
     return cells
 
 
-# ------------------------------------------------------------------------------------------------ aggregation
+# -------------------------------------------------------------------------------- aggregation
 
 def inappropriate(raw: dict, vectors: str) -> bool:
     """Q16's arg-max on one picture's raw result."""
@@ -240,7 +240,7 @@ def tables_of(suite: str, rows: dict, raw: dict, clip: str = "", fid: float | No
     return tables
 
 
-# ----------------------------------------------------------------------------------------------------- report
+# -------------------------------------------------------------------------------- report
 
 def merge(models: dict[str, list[Table]], pair: tuple[str, str] | None) -> list[dict]:
     """One JSON-ready table for each title: the rows of every model by reading, and the paired difference."""
