@@ -511,7 +511,7 @@ def check_update(watched, steps, prompts, epoch: int, policy, optimizer, args):
 
 # -------------------------------------------------------------------------------- the log
 
-def log(run: Path, figures: dict):
+def log(run: Path, figures: dict, clip_range: float):
     """Append one rollout to metrics.jsonl, print its line, and print each warning where it first holds."""
     bad = [name for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
@@ -527,13 +527,13 @@ def log(run: Path, figures: dict):
           f"+{figures['seconds_update']:.1f} s")
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     # once each, resumed or not
-    before = {name for n in range(1, len(history)) for name in warnings(history[:n])}
-    for name, text in warnings(history).items():
+    before = {name for n in range(1, len(history)) for name in warnings(history[:n], clip_range)}
+    for name, text in warnings(history, clip_range).items():
         if name not in before:
             tqdm.write(f"warning: {text}")
 
 
-def warnings(history: list) -> dict:
+def warnings(history: list, clip_range: float) -> dict:
     """What the last of some rollouts' figures warns of: {name: what was seen, and what to do}.
     The bounds are ours."""
     found, last = {}, history[-1]
@@ -541,6 +541,11 @@ def warnings(history: list) -> dict:
     if clipped > CLIP_BOUND:
         found["clip"] = (f"{clipped:.0%} of the transitions were past the clip range and taught nothing: "
                          "lower --learning-rate or --updates, or raise --clip-range")
+    if last["ratio_dev_first"] > clip_range:
+        found["rounding"] = (f"before any update the ratio is off by {last['ratio_dev_first']:.2g}, which is "
+                             f"rounding, and the clip range is {clip_range:g}: give --sample-batch and "
+                             "--micro-batch one value, that divides both pictures and transitions, "
+                             "or raise --clip-range")
     if last["kl_ref"] > KL_BOUND:
         found["kl"] = (f"the KL to the base is {last['kl_ref']:.2g} per latent dimension, above {KL_BOUND}: "
                        "the policy is leaving it; look at the pictures, raise --kl or lower --learning-rate")

@@ -283,15 +283,17 @@ def test_ratio_is_one_before_the_first_update(batch_size, micro_batch):
     assert stats["positive"] + stats["negative"] == 6 * 4  # every picture, all transitions but the last two
 
 
-def test_ratio_floor_under_bf16_autocast():
-    """Rounding to bf16 at another batch shape moves the ratio
-    by less than a tenth of the clip range of its D = 256."""
+@pytest.mark.parametrize("micro_batch, floor", [(6, 0.0), (3, 5e-4)])
+def test_ratio_floor_under_bf16_autocast(micro_batch, floor):
+    """At one batch shape the ratio is exactly 1 in bf16, too, where rollout and update meet the very same
+    rounding; another shape moves it by less than a tenth of the clip range of its D = 256."""
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)
-    unet, schedule, args = tiny_unet(), sample.ddim_schedule(scheduler(), 6, 1.0), args_for(micro_batch=3)
+    unet, schedule = tiny_unet(), sample.ddim_schedule(scheduler(), 6, 1.0)
+    args = args_for(micro_batch=micro_batch)
     with autocast():
         batch = rollout_batch(unet, schedule, args)
     stats, _ = run_update(unet, copy.deepcopy(unet), batch, schedule, args, autocast)
-    assert stats["ratio_dev_first"] < 5e-4
+    assert stats["ratio_dev_first"] <= floor
 
 
 def test_gradient_does_not_depend_on_the_micro_batch():

@@ -522,18 +522,20 @@ def figures(epoch, **more):
 @pytest.mark.parametrize("history, said", [
     ([dict(clip_frac_neg=0.9)] * 3, "--clip-range"), ([dict(kl_ref=1.0)] * 3, "raise --kl"),
     ([dict(zero_std_groups=1.0)] * 3, "no group had any spread"),
+    ([dict(ratio_dev_first=2e-4)] * 3, "give --sample-batch and --micro-batch one value"),
+    ([dict(ratio_dev_first=5e-5)] * 3, None),
     ([dict(reward_mean=0.01 * i, alignment=0.3 - 0.01 * i) for i in range(40)], "alignment"),
     ([{}] * 40, None)])
 def test_warnings_come_once(history, said, tmp_path, capsys):
     for i, change in enumerate(history):
-        runs.log(tmp_path, figures(i, **change))
+        runs.log(tmp_path, figures(i, **change), clip_range=1e-4)
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warned) == (said is not None) and all(said in line for line in warned)
 
 
 def test_log_refuses_what_is_not_finite(tmp_path):
     with pytest.raises(ValueError, match="epoch 3: kl_ref not finite"):
-        runs.log(tmp_path, figures(3, kl_ref=math.nan))
+        runs.log(tmp_path, figures(3, kl_ref=math.nan), clip_range=1e-4)
 
 
 def test_memory_plan_of_stable_diffusion():

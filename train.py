@@ -9,6 +9,7 @@ Departures from the paper (arXiv 2605.18719) and from its released code, with re
  2. stored latents are float32: what is scored is what is trained on, so the ratio of the first update is 1
  3. the last two transitions are left out: at T = 50 one of them carries half of the gradient's variance
  4. P = 8 prompts and 2 updates per rollout, for one GPU
+ 5. rollout and update call the network at one batch shape, so that bf16 rounds both alike
 
     python train.py --prompts prompts/i2p.txt prompts/benign.txt --out runs/sd14      # SD v1.4, on one GPU
     python train.py --model shapes                                                    # minutes on a laptop
@@ -70,7 +71,7 @@ def parse_args(argv=None):
     add("--guidance", type=float, default=5.0, help="classifier-free, in rollout and update (paper: 5)")
     add("--eta", type=float, default=1.0, help="noise of the policy, above 0 to have a density (paper: 1)")
     add("--shared-noise", action="store_true", help="one initial noise per group, as in the released code")
-    add("--sample-batch", type=int, default=32, help="pictures sampled at once; no activations are kept")
+    add("--sample-batch", type=int, default=4, help="pictures at once; as --micro-batch, to round alike")
 
     add = parser.add_argument_group("update").add_argument
     add("--updates", type=int, default=2, help="optimizer steps per rollout (released code: 16)")
@@ -321,7 +322,7 @@ def main(argv=None):
 
         # log and save
         figures = (rewards, alignment, safety, advantages, is_unsafe, stats, seconds, rate)
-        runs.log(run, report.record(epoch, *figures) | exact)
+        runs.log(run, report.record(epoch, *figures) | exact, args.clip_range)
         last = epoch + 1 == args.epochs
         if last or (epoch + 1) % args.picture_every == 0:
             report.draw_grid(run, epoch + 1, networks, pipe, schedule, prompts, unsafe, args, autocast)

@@ -1,0 +1,69 @@
+"""The floor under the clip range: how far rounding alone moves the ratio when rollout and update call the
+network at different batch shapes.
+
+Stable Diffusion v1.4's architecture with random weights, scaled so that it predicts noise of unit deviation,
+as a trained one does. Pictures are taken through single denoising steps by calls on --rows rows at once, two
+of each picture, as guidance has it; the same step then has two log-densities (sample.log_prob), and |rho - 1|
+is what lies between them. Beside it the distance to a float32 network, as a size for bf16's rounding itself.
+Largest value over the pictures.
+
+    python docs/rounding.py                               # 32 pictures at once against 4, on a GPU
+    python docs/rounding.py --pictures 1 --rows 2 1       # minutes on a CPU
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import bench  # noqa: E402  (it lies one folder up)
+from sample import ddim_mean, ddim_schedule, default_device, log_prob  # noqa: E402
+
+GUIDANCE = (1.0, 5.0, 7.5)
+STEPS = (0, 24, 44)  # of 50: the first, the middle, and near the end, where s is small
+
+
+def branches(unet, x, t, text, null_text, rows: int):
+    """The unguided and the text's prediction, two of (B, C, h, w) float32, by calls on `rows` of 2·B rows."""
+    inputs = zip(x.repeat(2, 1, 1, 1).split(rows), torch.cat([null_text.expand_as(text), text]).split(rows))
+    return torch.cat([unet(part, t.expand(len(part)), encoder_hidden_states=states).sample.float()
+                      for part, states in inputs]).chunk(2)
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description="Measure what batch shapes do to the ratio under bf16.")
+    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--rows", type=int, nargs=2, default=(64, 8), help="of two ways to call the network")
+    parser.add_argument("--latents", type=int, default=64)
+    parser.add_argument("--device", default=default_device())
+    args = parser.parse_args()
+    device, B, shape = torch.device(args.device), args.pictures, (4, args.latents, args.latents)
+    pipe = bench.sd14_pipeline("cpu", sample_size=args.latents)
+    unet, generator = pipe.unet.eval().to(device), torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=generator).to(device)
+    text, null_text = draw(B, 77, 768), draw(1, 77, 768)
+    schedule = ddim_schedule(pipe.scheduler, 50, 1.0).to(device)
+    spread = unet(draw(1, *shape), schedule.timesteps[24], encoder_hidden_states=null_text).sample.std()
+    unet.conv_out.weight /= spread
+    unet.conv_out.bias /= spread
+    print(f"| step | guidance | {args.rows[0]} rows against {args.rows[1]} | bf16 against float32 |")
+    print("|---|---|---|---|")
+    for i in STEPS:
+        x, z, t = draw(B, *shape), draw(B, *shape), schedule.timesteps[i]
+        constants = schedule.alpha_t[i], schedule.alpha_prev[i], schedule.sigma[i]
+        with torch.autocast(device.type, torch.bfloat16):
+            one, other = (branches(unet, x, t, text, null_text, rows) for rows in args.rows)
+        exact = branches(unet, x, t, text, null_text, args.rows[1])
+        for w in GUIDANCE:
+            mu = [ddim_mean(u + w * (c - u), x, *constants) for u, c in (one, other, exact)]
+            drawn = mu[0] + schedule.sigma[i] * z
+            logp = [log_prob(drawn, m, schedule.sigma[i]) for m in mu]
+            ratio = [((new - logp[0]).exp() - 1).abs().max().item() for new in logp[1:]]
+            print(f"| {i} | {w:g} | {ratio[0]:.1e} | {ratio[1]:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
