@@ -486,12 +486,11 @@ def gradient_norm(params):
     return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
 
 
-def check_update(watched, steps, prompts, epoch: int, policy, optimizer, args):
+def check_update(watched, prompts, epoch: int, policy, optimizer, args):
     """Stop before an optimizer step whose loss or gradient is not finite; returns the gradient's norm.
 
-    watched: for each micro-batch its pairs (n, 2) of picture and place in `steps` (B, transitions of each),
-    log-ratios (n,), loss, and the norm of the gradient with it.
-    One transfer from the device, for all of them."""
+    watched: for each micro-batch its pairs (n, 2) of picture and transition, log-ratios (n,), loss, and the
+    norm of the gradient with it. One transfer from the device, for all of them."""
     fine = torch.stack([torch.stack([r.exp().isfinite().all() & loss.isfinite(), norm.isfinite()])
                         for _, r, loss, norm in watched]).tolist()
     wrong = [i for i, both in enumerate(fine) if not all(both)]
@@ -502,9 +501,8 @@ def check_update(watched, steps, prompts, epoch: int, policy, optimizer, args):
             name = "gradient of " + next(n for n, p in policy.named_parameters()
                                          if p.grad is not None and not p.grad.isfinite().all())
         elif not ratios.exp().isfinite().all():
-            pairs = pairs[~ratios.exp().isfinite().cpu()]
-        images, transitions = pairs[:, 0].tolist(), steps[pairs[:, 0], pairs[:, 1]].tolist()
-        stop_not_finite(f"the {name} is not finite: {where(epoch, prompts, images, transitions, args)}",
+            pairs = pairs[~ratios.exp().isfinite()]
+        stop_not_finite(f"the {name} is not finite: {where(epoch, prompts, *pairs.T.tolist(), args)}",
                         epoch, policy, optimizer, args)
     return watched[-1][3]
 

@@ -166,14 +166,16 @@ def update(policy, base, optimizer, schedule, batch, args, autocast, prediction_
     teaching = (batch["advantages"] != 0).nonzero().flatten().cpu()   # groups without spread are dropped here
     pairs = torch.cartesian_prod(teaching, torch.arange(per_image))
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    pairs = torch.stack([pairs[:, 0], steps[pairs[:, 0], pairs[:, 1]]], 1)  # (n, 2): picture, transition
+    pairs = pairs.to(device)  # at once, since each transfer waits for all that the device has to do
     shares = pairs.tensor_split(args.updates) if len(pairs) >= args.updates else []
     calls = sum(math.ceil(len(share) / args.micro_batch) for share in shares)
     bar = tqdm(total=calls, desc="update", leave=False)
-    for first, share in enumerate(shares):
+    for n, share in enumerate(shares):
         optimizer.zero_grad(set_to_none=True)
         watched = []
         for micro in share.split(args.micro_batch):
-            image, step = micro[:, 0].to(device), steps[micro[:, 0], micro[:, 1]].to(device)
+            image, step = micro.unbind(1)
             x_t, x_prev = batch["latents"][image, step], batch["latents"][image, step + 1]
             a_t, a_p, s = schedule.alpha_t[step], schedule.alpha_prev[step], schedule.sigma[step]
             inputs = (x_t, schedule.timesteps[step], batch["text"][image], batch["null_text"], args.guidance)
@@ -193,9 +195,9 @@ def update(policy, base, optimizer, schedule, batch, args, autocast, prediction_
                 stats[name] = value if name not in stats else (
                     torch.maximum(stats[name], value) if name == "ratio_dev" else stats[name] + value)
             bar.update()
-        norms.append(runs.check_update(watched, steps, batch.get("prompts"), epoch, policy, optimizer, args))
+        norms.append(runs.check_update(watched, batch.get("prompts"), epoch, policy, optimizer, args))
         torch.nn.utils.clip_grads_with_norm_(params, args.max_grad_norm, norms[-1])
-        if first == 0:
+        if n == 0:
             stats["ratio_dev_first"] = stats["ratio_dev"].clone()  # before any step: the policy that sampled
         optimizer.step()
     bar.close()
