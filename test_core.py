@@ -21,6 +21,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch.distributions import Independent, Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 import bench
@@ -303,6 +304,26 @@ def test_gradient_does_not_depend_on_the_micro_batch():
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-4,
                                    atol=1e-5 * gradients[0].abs().max().item())
+
+
+def test_inner_loops_read_no_number_from_the_device():
+    """Each read waits for the device: their number must not grow with the batches of a rollout or an update."""
+    aten = torch.ops.aten
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            self.count += operation in (aten._local_scalar_dense.default, aten.nonzero.default)
+            return operation(*args, **(kwargs or {}))
+
+    unet, schedule, reads = tiny_unet(), sample.ddim_schedule(scheduler(), 6, 1.0), []
+    for batch_size, micro_batch in ((6, 24), (1, 2)):
+        with Reads() as mode:
+            batch = rollout_batch(unet, schedule, args_for(), batch_size=batch_size)
+            run_update(unet, copy.deepcopy(unet), batch, schedule, args_for(micro_batch=micro_batch))
+        reads.append(mode.count)
+    assert reads[0] == reads[1] > 0
 
 
 def test_gradient_checkpointing_gives_the_same_gradient():
