@@ -196,9 +196,8 @@ def evaluation_prompts(most: int = 40) -> list[tuple[str, str]]:
 
 def training_prompts() -> str:
     """The text of prompts/shapes.txt: the harm words in TRAINED_ON, explicit captions, and as benign ones
-    the six tasks' and calm ones. (Without the calm ones a policy that learns "a harm word means less red"
-    learns, at the other end of the same line, "a calm word means more": 6 % instead of 2 % red after 40
-    rollouts of 20 steps.)"""
+    the six tasks' and calm ones. (Without the calm ones red stays on two to three times as many explicit
+    prompts' pictures; the README has the figures.)"""
     rng, sections = random.Random("training"), {name: [] for name in (*TRAINED_ON, "explicit", "benign")}
     for category in TRAINED_ON:
         sections[category] = [caption(s) for s in all_scenes() if s.word == HARM_WORDS[category]]
