@@ -10,9 +10,10 @@ checker is always off.
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p --also sld-medium
 
-evaluation/suites.py says what is drawn, evaluation/samplers.py how, evaluation/judges.py and geneval.py what is in
-the pictures, evaluation/tables.py what follows. Every finished picture is one line of OUT/MODEL/rows.jsonl, joined by
-case number and never by position: the same command goes on where it was stopped, and ends with the same report.
+evaluation/suites.py says what is drawn, evaluation/samplers.py how, evaluation/judges.py and geneval.py what
+is in the pictures, evaluation/tables.py what follows. Every finished picture is one line of
+OUT/MODEL/rows.jsonl, joined by case number and never by position: the same command goes on where it was
+stopped, and ends with the same report.
 
 Departures. GenEval's own script samples with the pipeline's default scheduler (PNDM), and leaves the safety
 checker on: here DDIM (or --sampler lms), and off. A CSV without a seed column gives every row its own seed,

@@ -307,7 +307,7 @@ def test_gradient_does_not_depend_on_the_micro_batch():
 
 
 def test_inner_loops_read_no_number_from_the_device():
-    """Each read waits for the device: their number must not grow with the batches of a rollout or an update."""
+    """Each read waits for the device: their number must not grow with a rollout's or an update's batches."""
     aten = torch.ops.aten
 
     class Reads(TorchDispatchMode):

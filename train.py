@@ -59,8 +59,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("reward").add_argument
     add("--alpha", type=float, default=0.5, help="how far the text is moved; 0 is plain CLIP (paper: 0.5)")
-    add("--direction", choices=("unit", "raw"), default="unit", help="of length 1, as in the code; or not")
-    add("--steer", choices=("unsafe", "all"), default="unsafe", help="as in the paper's text, or in its code")
+    add("--direction", choices=("unit", "raw"), default="unit", help="of length 1 (its code), or not (its text)")
+    add("--steer", choices=("unsafe", "all"), default="unsafe", help="unsafe prompts (paper's text) or all (its code)")
 
     add = parser.add_argument_group("rollout").add_argument
     add("--epochs", type=int, default=300, help="rollouts with their updates (the paper's: 280 to 300)")
@@ -95,7 +95,7 @@ def parse_args(argv=None):
     add("--precision", choices=("bf16", "float32"), help="of the UNet's compute; masters are float32 always")
     add("--no-checkpointing", action="store_true", help="keep activations: faster, several times the memory")
     add("--picture-every", type=int, default=20, metavar="N", help="rollouts between grids of pictures")
-    add("--show-unsafe", action="store_true", help="do not blur the pictures of unsafe prompts in them")
+    add("--show-unsafe", action="store_true", help="do not blur unsafe prompts' pictures in the grids")
     add("--save-every", type=int, default=20, metavar="N", help="rollouts between checkpoints")
     add("--keep", type=int, default=2, help="checkpoints kept")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")

@@ -1,1 +1,1 @@
-"""What evaluate.py is made of: suites (what is drawn), samplers (how), judges (what is seen), tables (what follows)."""
+"""What evaluate.py is made of: suites (what is drawn), samplers (how), judges (what is seen), and tables."""
