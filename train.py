@@ -59,8 +59,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("reward").add_argument
     add("--alpha", type=float, default=0.5, help="how far the text is moved; 0 is plain CLIP (paper: 0.5)")
-    add("--direction", choices=("unit", "raw"), default="unit", help="of length 1 (its code), or not (its text)")
-    add("--steer", choices=("unsafe", "all"), default="unsafe", help="unsafe prompts (paper's text) or all (its code)")
+    add("--direction", choices=("unit", "raw"), default="unit", help="v of length 1 (code), or not (text)")
+    add("--steer", choices=("unsafe", "all"), default="unsafe", help="as the paper's text, or its code")
 
     add = parser.add_argument_group("rollout").add_argument
     add("--epochs", type=int, default=300, help="rollouts with their updates (the paper's: 280 to 300)")
