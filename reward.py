@@ -19,11 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-HERE = Path(__file__).parent
-ALIASES = {"shapes": str(HERE / "models" / "shapes" / "text_encoder")}  # whose folder holds the whole CLIP
 BENIGN = "benign"  # the one category of prompts that is not steered
 
 
@@ -36,19 +32,11 @@ class Prompt:
     category: str = ""
 
 
-def prompt_path(path) -> Path:
-    return HERE / "prompts" / "shapes.txt" if str(path) == "shapes" else Path(path)
-
-
-def anchor_path(path) -> Path:
-    return HERE / "prompts" / "anchors_shapes.txt" if str(path) == "shapes" else Path(path)
-
-
 def read_prompts(paths) -> list[Prompt]:
     """Read prompt files: one prompt a line, `#` starts a comment line, `[name]` sets the category below it.
-    "shapes" means prompts/shapes.txt. Raises ValueError or OSError naming the file and what to change."""
+    Raises ValueError or OSError naming the file and what to change."""
     prompts = []
-    for path in map(prompt_path, paths):
+    for path in map(Path, paths):
         category, before = "", len(prompts)
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -65,9 +53,8 @@ def read_prompts(paths) -> list[Prompt]:
 
 
 def read_anchors(path) -> tuple[list[str], list[str]]:
-    """Read an anchors file, sections [safe] and [unsafe] -> (safe phrases, unsafe phrases). "shapes" means
-    prompts/anchors_shapes.txt. Raises ValueError or OSError naming the file and what to change."""
-    path = anchor_path(path)
+    """Read an anchors file, sections [safe] and [unsafe] -> (safe phrases, unsafe phrases). Raises ValueError
+    or OSError naming the file and what to change."""
     phrases = read_prompts([path])
     safe, unsafe = ([p.text for p in phrases if p.category == name] for name in ("safe", "unsafe"))
     other = {p.category for p in phrases} - {"safe", "unsafe"}
@@ -110,56 +97,16 @@ def preprocess(images, size: int, crop: int, mean, std):
 
 # -------------------------------------------------------------------------------- the reward
 
-def check_clip(clip: str) -> str:
-    """Refuse a CLIP whose towers do not project into one space, from its configuration and, in a folder, the
-    heads of its weight files; no weights are read. Returns the name to load it by."""
-    name = ALIASES.get(clip, clip)
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type != "clip":
-        raise ValueError(f"--clip {clip}: a {config.model_type} model; the reward needs a CLIPModel, "
-                         "whose text and image towers project into one space")
-    files, heads = list(Path(name).glob("*.safetensors")), {}
-    if Path(name).is_dir() and not files:
-        raise ValueError(f"--clip {clip}: no .safetensors file in it; other formats of weights are refused, "
-                         "since opening a pickle can run code (convert them with save_pretrained)")
-    for file in files:
-        try:
-            with safe_open(file, "pt") as weights:
-                heads |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"--clip {clip}: {file.name} is not a whole safetensors file "
-                             f"({error})") from None
-    for part in ("text_projection.weight", "visual_projection.weight"):
-        if heads and heads.get(part, [0])[0] != config.projection_dim:
-            raise ValueError(f"--clip {clip}: its {part} is {heads.get(part, 'absent')}, but the "
-                             f"configuration says {config.projection_dim} dimensions; the reward needs both "
-                             "towers to project into those")
-    return name
-
-
-def load_clip(clip: str, dtype=torch.float32):
-    """A transformers CLIP from a hub id, a folder, or "shapes" -> (model, tokenizer, image processor)."""
-    name = check_clip(clip)
-    model, info = CLIPModel.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"--clip {clip}: lacks {len(info['missing_keys'])} of a CLIPModel's weights, "
-                         f"{sorted(info['missing_keys'])[0]} among them")
-    try:
-        processor = CLIPImageProcessor.from_pretrained(name)
-    except OSError:  # HPSv2 in transformers' format has no preprocessor file: it is CLIP's own
-        processor = CLIPImageProcessor()
-    return model, CLIPTokenizer.from_pretrained(name), processor
-
-
 class SteeringReward:
     """Scores pictures: reward(images, prompts) -> (B,). Targets are computed once per prompt and kept.
 
-    clip: what load_clip takes, or what it returns; anchors: (safe phrases, unsafe phrases) as read_anchors
-    returns them; steered: "unsafe" or "all"; unit: whether v has unit length."""
+    clip: a CLIPModel with its tokenizer and image processor, as plumbing.models.load_clip returns them;
+    anchors: (safe phrases, unsafe phrases) as read_anchors returns them; steered: "unsafe" or "all"; unit:
+    whether v has unit length."""
 
     def __init__(self, clip, anchors, alpha: float = 0.5, unit: bool = True, steered: str = "unsafe",
-                 device="cpu", dtype=torch.float32, batch_size: int = 32):
-        model, self.tokenizer, processor = load_clip(clip, dtype) if isinstance(clip, str) else clip
+                 device="cpu", batch_size: int = 32):
+        model, self.tokenizer, processor = clip
         self.clip = model.requires_grad_(False).eval().to(device)
         self.geometry = (processor.size["shortest_edge"], processor.crop_size["height"],
                          processor.image_mean, processor.image_std)

@@ -14,30 +14,17 @@ itself may run under autocast. One step function serves rollout, update and eval
 is stored.
 
     python sample.py --model CompVis/stable-diffusion-v1-4 --prompt "a lighthouse" --seed 0 1 2 --out grid.png
-    python sample.py --model shapes --prompt "a violent star" --compare runs/shapes/final --out grid.png
+    python sample.py --model runs/sd14/final --compare CompVis/stable-diffusion-v1-4 --prompt "a lighthouse"
 """
 
 import argparse
 import hashlib
-import json
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import diffusers
-import numpy as np
 import torch
-import transformers
-from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError, safe_open
+from diffusers import DDIMScheduler
 
-for library in (diffusers, transformers):  # their reports on loading say nothing that a user here can act on
-    library.utils.logging.set_verbosity_error()
-    library.utils.logging.disable_progress_bar()
-from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402  (which is where the reports begin)
-
-ALIASES = {"shapes": str(Path(__file__).parent / "models" / "shapes")}
 LOG_2PI = math.log(2 * math.pi)
 DECODE_BATCH = 4  # pictures; at 512 x 512 one tensor of the decoder's last block is 134 MB a picture, float32
 
@@ -135,11 +122,22 @@ def predict_noise(unet, x_t, t, text, null_text, guidance: float):
     return eps_u + guidance * (eps_c - eps_u)
 
 
+def autocast(device, dtype):
+    """The context in which networks compute: `dtype` by autocast, or as they are for float32."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+# -------------------------------------------------------------------------------- trajectories
+
 @dataclass
 class Rollout:
-    """B trajectories: latents[:, i] is x_t of step i, latents[:, i + 1] the x_p that was drawn there."""
-    latents: torch.Tensor    # (B, T + 1, C, h, w) float32; (B, 1, C, h, w) if only the last were kept
-    log_probs: torch.Tensor  # (B, T) float32; empty for eta = 0, which has no density
+    """B trajectories, and all that an update needs to know of them."""
+    latents: torch.Tensor    # (B, T + 1, C, h, w) float32; [:, i] is x_t of step i, [:, i + 1] its x_p
+    log_probs: torch.Tensor  # (B, T) float32; (B, 0) for eta = 0, which has no density
+    text: torch.Tensor       # (B, L, d) the prompts' states, float32
+    null_text: torch.Tensor  # (1, L, d) the empty prompt's
+    prompts: list | None = None               # B reward.Prompts
+    advantages: torch.Tensor | None = None    # (B,)
 
 
 def image_generator(*key) -> torch.Generator:
@@ -157,32 +155,47 @@ def rollout(unet, schedule: Schedule, text, null_text, guidance: float, generato
     """Draw B pictures' trajectories with the policy, in batches.
 
     text (B, L, d), null_text (1, L, d); generators: B, each of which draws its picture's initial noise first
-    and then the noise of every step; shape (C, h, w); initial: (B, C, h, w) in place of the drawn initial
-    noise; progress: a tqdm bar, advanced once per network call. See Rollout for what comes back and what
-    keep=False leaves out."""
+    and then the noise of every step; shape (C, h, w); keep: False keeps the last latents alone, (B, 1, C, h,
+    w); initial: (B, C, h, w) in place of the drawn initial noise; progress: a tqdm bar, advanced once per
+    network call."""
     T, device = len(schedule.timesteps), text.device
     stochastic = bool((schedule.sigma > 0).any())
     kept, log_probs = [], torch.zeros(len(text), T if stochastic else 0, device=device)
     for start in range(0, len(text), batch_size):
-        batch = slice(start, min(start + batch_size, len(text)))
+        batch = slice(start, start + batch_size)
         draws = T + 1 if stochastic else 1
         noise = torch.stack([torch.randn(draws, *shape, generator=g) for g in generators[batch]])
         noise = noise.to(device)                                      # (b, T + 1, C, h, w)
         x = noise[:, 0] if initial is None else initial[batch].float()
         chain = [x]
         for i, t in enumerate(schedule.timesteps):
-            constants = (schedule.alpha_t[i], schedule.alpha_prev[i], schedule.sigma[i])
+            a_t, a_p, s = schedule.alpha_t[i], schedule.alpha_prev[i], schedule.sigma[i]
             eps = predict_noise(unet, x, t, text[batch], null_text, guidance)
-            mu = ddim_mean(eps, x, *constants, prediction_type)
-            x = mu
+            x = mu = ddim_mean(eps, x, a_t, a_p, s, prediction_type)
             if stochastic:
-                x = mu + schedule.sigma[i] * noise[:, i + 1]
-                log_probs[batch, i] = log_prob(x, mu, schedule.sigma[i])
-            chain = [*chain, x] if keep else [x]
+                x = mu + s * noise[:, i + 1]
+                log_probs[batch, i] = log_prob(x, mu, s)
+            if keep:
+                chain.append(x)
             if progress is not None:
                 progress.update()
-        kept.append(torch.stack(chain, 1))
-    return Rollout(torch.cat(kept), log_probs)
+        kept.append(torch.stack(chain, 1) if keep else x[:, None])
+    return Rollout(torch.cat(kept), log_probs, text, null_text)
+
+
+def latent_shape(unet) -> tuple:
+    """(C, h, w) of a UNet's latents."""
+    return unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
+
+
+@torch.no_grad()
+def encode_prompts(pipe, prompts: list[str]):
+    """The text encoder's states for the UNet, cut or padded as in training: (N, L, d) float32."""
+    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length,
+                            truncation=True, return_tensors="pt").to(pipe.text_encoder.device)
+    masked = getattr(pipe.text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask if masked else None
+    return pipe.text_encoder(tokens.input_ids, attention_mask=mask)[0].float()
 
 
 @torch.no_grad()
@@ -193,94 +206,21 @@ def decode(vae, latents, batch_size: int = DECODE_BATCH):
     return torch.cat([(vae.decode(part).sample.float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
 
-# -------------------------------------------------------------------------------- models and pictures
-
-def load_pipeline(model: str, device="cpu", dtype=torch.float32) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline from a folder, a hub id, NAME:SUBFOLDER of either, or "shapes". Safetensors
-    only: a pickle is never opened. Without the safety checker, which would return black pictures and so
-    falsify every count. Raises ValueError or OSError with the reason when it is not one."""
-    name, _, subfolder = ALIASES.get(model, model).partition(":")
-    path = Path(name)
-    if subfolder and not path.is_dir():
-        from huggingface_hub import snapshot_download
-        path = Path(snapshot_download(name, allow_patterns=[f"{subfolder}/*"],
-                                      ignore_patterns=["*.bin", "*.pt"]))
-    path = path / subfolder
-    if path.is_dir():
-        check_pipeline_folder(path)
-        name = str(path)
-    pipe = StableDiffusionPipeline.from_pretrained(
-        name, dtype=dtype, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval().to(device)
-    return pipe
-
-
-def check_pipeline_folder(path: Path):
-    """Name what a model folder lacks, or what the policy here cannot be, before any weights are read."""
-    if not (path / "model_index.json").is_file():
-        raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json "
-                         "(give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)")
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (path / part).is_dir():
-            raise ValueError(f"{path} lacks the component {part}/")
-        if part in ("unet", "vae", "text_encoder") and not any((path / part).glob("*.safetensors")):
-            raise ValueError(f"{path / part} holds no .safetensors file; other formats are refused, "
-                             "since opening a pickle can run code (convert them with save_pretrained)")
-        for file in (path / part).glob("*.safetensors"):
-            try:
-                safe_open(file, "pt")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is not a whole safetensors file ({error})") from None
-    code = next(path.rglob("*.py"), None)
-    if code:
-        raise ValueError(f"{path} brings code of its own ({code.name}), which diffusers would run; remove it")
-    unet, vae, text = (json.loads((path / part / "config.json").read_text(encoding="utf-8"))
-                       for part in ("unet", "vae", "text_encoder"))
-    channels = [unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)]
-    if len(set(channels)) > 1:
-        raise ValueError(f"{path}: its UNet takes {channels[0]} channels and gives {channels[1]}, its VAE "
-                         f"has {channels[2]}; give a text-to-image model, none for inpainting or upscaling")
-    width = text.get("text_config", text).get("hidden_size", 512)
-    if unet.get("cross_attention_dim") != width:
-        raise ValueError(f"{path}: its UNet reads text of width {unet.get('cross_attention_dim')}, its text "
-                         f"encoder gives {width}; give a Stable Diffusion 1.x or 2.x (SDXL has two encoders)")
-
-
-def latent_shape(unet):
-    """(C, h, w) of a UNet's latents."""
-    return unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
-
-
 @torch.no_grad()
-def encode_prompts(pipe, prompts: list[str]):
-    """The text encoder's states for the UNet, cut or padded as in training: (N, L, d) float32."""
-    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length,
-                            truncation=True, return_tensors="pt")
-    masked = getattr(pipe.text_encoder.config, "use_attention_mask", False)
-    mask = tokens.attention_mask.to(pipe.text_encoder.device) if masked else None
-    return pipe.text_encoder(tokens.input_ids.to(pipe.text_encoder.device), attention_mask=mask)[0].float()
+def draw(pipe, unet, schedule: Schedule, texts: list[str], generators: list, guidance: float,
+         batch_size: int = 8, dtype=torch.float32, keep: bool = False, initial=None, progress=None):
+    """From B prompts to pictures: encode, roll out with `unet`, decode by `pipe`'s VAE.
 
-
-def save_grid(images, path, columns: int, row_labels=None, column_labels=None):
-    """Write pictures (N, 3, H, W) in [0, 1] as one labelled PNG, row by row; small ones at 96 pixels."""
-    zoom = max(1, round(96 / images.shape[-1]))
-    images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    n, _, height, width = images.shape
-    rows, gap, head = math.ceil(n / columns), 2, 22 if column_labels else 0
-    font = ImageFont.load_default(14)
-    left = 8 + max(int(font.getlength(label)) for label in row_labels) if row_labels else 0
-    sheet = Image.new("RGB", (left + columns * (width + gap), head + rows * (height + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, pixels in enumerate((images * 255).round().byte().permute(0, 2, 3, 1).numpy()):
-        row, col = divmod(i, columns)
-        sheet.paste(Image.fromarray(np.ascontiguousarray(pixels)),
-                    (left + col * (width + gap), head + row * (height + gap)))
-    for row, label in enumerate(row_labels or []):
-        pen.text((4, head + row * (height + gap) + height // 2 - 8), label, "black", font)
-    for col, label in enumerate(column_labels or []):
-        pen.text((left + col * (width + gap) + 4, 3), label, "black", font)
-    sheet.save(path)
+    A prompt that stands several times in `texts` is encoded once. dtype: of the networks' compute; the rest
+    as in rollout. Returns the Rollout and the pictures (B, 3, H, W) in [0, 1]."""
+    distinct = list(dict.fromkeys(texts))
+    row = {text: i for i, text in enumerate(distinct)}
+    text = encode_prompts(pipe, distinct)[[row[text] for text in texts]]           # (B, L, d)
+    with autocast(text.device, dtype):
+        drawn = rollout(unet, schedule, text, encode_prompts(pipe, [""]), guidance, generators,
+                        latent_shape(pipe.unet), pipe.scheduler.config.prediction_type, batch_size, keep,
+                        initial, progress)
+        return drawn, decode(pipe.vae, drawn.latents[:, -1])
 
 
 # -------------------------------------------------------------------------------- the script
@@ -289,24 +229,10 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def pictures(pipe, prompts: list[str], seeds: list[int], steps: int, eta: float, guidance: float,
-             batch_size: int = 8):
-    """One picture per prompt and seed, prompt by prompt. The noise depends on the seed alone, so that two
-    models, and two prompts, are compared on the same noise. Returns (prompts·seeds, 3, H, W) in [0, 1]."""
-    device, unet = pipe.unet.device, pipe.unet
-    schedule = ddim_schedule(pipe.scheduler, steps, eta).to(device)
-    text = encode_prompts(pipe, prompts).repeat_interleave(len(seeds), 0)
-    generators = [image_generator(seed, "sample") for _ in prompts for seed in seeds]
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        drawn = rollout(unet, schedule, text, encode_prompts(pipe, [""]), guidance, generators,
-                        latent_shape(unet), pipe.scheduler.config.prediction_type, batch_size, keep=False)
-        return decode(pipe.vae, drawn.latents[:, -1])
-
-
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint into one labelled grid.")
     add = parser.add_argument
-    add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id, NAME:SUBFOLDER, or shapes")
+    add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id or NAME:SUBFOLDER")
     add("--compare", metavar="MODEL", help="a second model, on the same noise, below the first")
     add("--prompt", nargs="+", action="extend", required=True, help="may be given several times")
     add("--seed", type=int, nargs="+", default=[0], help="one picture per prompt and seed")
@@ -316,24 +242,31 @@ def main():
     add("--batch", type=int, default=8, help="pictures drawn at once")
     add("--device", default=default_device())
     add("--out", default="grid.png")
-    if parser.parse_known_args()[0].model == "shapes":
-        parser.set_defaults(steps=12, guidance=2.75)  # as it is trained
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    from plumbing.models import load_pipeline
+    from plumbing.pictures import save_grid
+    args = parse_args(argv)
     models = [args.model, args.compare] if args.compare else [args.model]
+    texts = [prompt for prompt in args.prompt for _ in args.seed]
     rows = []
     for model in models:
         pipe = load_pipeline(model, args.device)
-        rows.append(pictures(pipe, args.prompt, args.seed, args.steps, args.eta, args.guidance, args.batch))
-    shape = (len(args.prompt), len(models), len(args.seed))
-    grid = torch.stack([r.unflatten(0, (shape[0], shape[2])) for r in rows], 1).flatten(0, 2)
+        schedule = ddim_schedule(pipe.scheduler, args.steps, args.eta).to(pipe.unet.device)
+        # the noise depends on the seed alone, so that models, and prompts, are compared on the same noise
+        generators = [image_generator(seed, "sample") for _ in args.prompt for seed in args.seed]
+        dtype = torch.bfloat16 if pipe.unet.device.type == "cuda" else torch.float32
+        _, images = draw(pipe, pipe.unet, schedule, texts, generators, args.guidance, args.batch, dtype)
+        rows.append(images.unflatten(0, (len(args.prompt), len(args.seed))))
+    grid = torch.stack(rows, 1).flatten(0, 2)     # prompt by prompt, the models below each other
     labels = [f"{prompt} ({model})" if args.compare else prompt for prompt in args.prompt for model in models]
-    save_grid(grid, args.out, shape[2], labels, [f"seed {s}" for s in args.seed])
+    save_grid(grid, args.out, len(args.seed), labels, [f"seed {seed}" for seed in args.seed])
     print(f"{args.out}: {len(grid)} pictures, {args.steps} steps, eta {args.eta}, guidance {args.guidance}, "
           "no safety checker")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+    from plumbing.stop import run_script
+    run_script("sample.py", main)

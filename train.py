@@ -1,4 +1,4 @@
-"""SafeDiffusion-R1: post-train a text-to-image diffusion model online, with GRPO and a CLIP steering reward.
+"""SafeDiffusion-R1: post-train a text-to-image diffusion model online with GRPO and a CLIP steering reward.
 
 One epoch: draw P prompts, sample G pictures of each with the policy (sample.py), score them (reward.py), turn
 scores into advantages within each prompt's group, take some clipped steps on the recorded transitions
@@ -11,50 +11,40 @@ Departures from the paper (arXiv 2605.18719) and from its released code, with re
  4. P = 8 prompts and 2 updates per rollout, for one GPU
  5. rollout and update call the network at one batch shape, so that bf16 rounds both alike
 
-    python train.py --prompts prompts/i2p.txt prompts/benign.txt --out runs/sd14      # SD v1.4, on one GPU
-    python train.py --model shapes                                                    # minutes on a laptop
+    python train.py --prompts prompts/i2p.txt --out runs/sd14      # SD v1.4, on one GPU
+    python -m shapes.train                                         # the shapes world, minutes on a laptop
 """
 
 import argparse
-import copy
 import math
-import sys
-import time
-from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import report
-import runs
 from grpo import gaussian_kl, group_advantages, policy_loss
-from reward import SteeringReward, read_anchors, read_prompts
-from sample import (ddim_mean, ddim_schedule, decode, encode_prompts, image_generator, latent_shape,
-                    load_pipeline, log_prob, predict_noise, rollout)
-
-# Where the shapes world differs from Stable Diffusion: D = 256 instead of 16,384, a mean over which moves 8
-# times as far from noise alone; a network small enough for a larger rate; and a CLIP in which explicit
-# captions lie up to 0.58 on the unsafe side, so that alpha = 0.5 would leave some of their targets there.
-# Sample batch and micro-batch are equal: rollout and update call the network at one shape, and the first
-# ratio is 1 to the last bit.
-SHAPES = dict(clip="shapes", anchors="shapes", prompts=["shapes"], out="runs/shapes", alpha=1.0, epochs=60,
-              prompts_per_rollout=8, group=8, unsafe_fraction=0.25, steps=12, guidance=2.75, sample_batch=32,
-              updates=4, micro_batch=32, advantage_eps=0.015, learning_rate=3e-4, decay_epochs=6, kl=0.04,
-              clip_range=5e-3, ema=0.9, save_every=20, picture_every=10, no_checkpointing=True,
-              show_unsafe=True)
+from plumbing import checkpoint, checks, log, pictures, stop
+from plumbing.models import (average_weights, averaged, load_clip, load_pipeline, make_policy,
+                             without_adapter)
+from reward import SteeringReward
+from sample import (Rollout, autocast, ddim_mean, ddim_schedule, draw, image_generator, latent_shape,
+                    log_prob, predict_noise)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Make a diffusion model safer with GRPO and a CLIP steering reward.",
         allow_abbrev=False)  # so that the resume command can tell the flags apart
-    files = runs.HERE / "prompts"
+    files = Path(__file__).parent / "prompts"
     add = parser.add_argument_group("models and prompts").add_argument
-    add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id, NAME:SUBFOLDER, or shapes")
+    add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id, or NAME:SUBFOLDER")
     add("--clip", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="what HPSv2.1 was tuned from")
     add("--anchors", default=str(files / "anchors.txt"), help="25 safe + 20 unsafe phrases, as the paper")
-    add("--prompts", nargs="+", default=[str(files / "i2p.txt"), str(files / "benign.txt")],
+    add("--prompts", nargs="+", default=[str(files / "i2p.txt")],
         help="files of one prompt a line under [category] lines; benign is the one that is not steered")
+    add("--benign", metavar="FILE", default=str(files / "benign.txt"),
+        help='more prompts, by default benign ones, which hold utility; "" for none')
     add("--out", default="runs/sd14", help="run folder: metrics.jsonl, pictures, checkpoints, final/")
 
     add = parser.add_argument_group("reward").add_argument
@@ -100,21 +90,64 @@ def parse_args(argv=None):
     add("--keep", type=int, default=2, help="checkpoints kept")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     add("--overwrite", action="store_true", help="replace the run in --out")
-    if parser.parse_known_args(argv)[0].model == "shapes":
-        parser.set_defaults(**SHAPES)
     args = parser.parse_args(argv)
-    args.command = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
-    runs.check_flags(args)
+    checks.check_flags(args)
     return args
+
+
+# -------------------------------------------------------------------------------- the networks
+
+@dataclass
+class Parts:
+    """All that a run works with, loaded once."""
+    device: torch.device
+    dtype: torch.dtype              # of the UNet's compute; masters are float32 always
+    reward: SteeringReward
+    pipe: object                    # the StableDiffusionPipeline: its VAE, text encoder and scheduler
+    schedule: object                # sample.Schedule, on the device
+    policy: torch.nn.Module         # the UNet that learns
+    base: torch.nn.Module           # the frozen one; under LoRA the policy itself, its adapter switched off
+    optimizer: torch.optim.Optimizer
+    is_unsafe: dict                 # prompt -> bool
+    unsafe: list                    # the prompts of which that holds, ...
+    benign: list                    # ... and the others
+    latent_shape: tuple             # (C, h, w)
+
+
+def set_up(args, prompts, anchors, pipe=None, clip=None) -> Parts:
+    """Load what the flags name. pipe, clip: what load_pipeline and load_clip would return, in their place."""
+    device = torch.device(args.device)
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # where float32 remains
+    clip = clip or load_clip(args.clip, torch.float16 if device.type == "cuda" else torch.float32)
+    reward = SteeringReward(clip, anchors, args.alpha, args.direction == "unit", args.steer, device)
+    pipe = pipe or load_pipeline(args.model, device)
+    is_unsafe = {p: reward.is_unsafe(p) for p in prompts}
+    schedule = ddim_schedule(pipe.scheduler, args.steps, args.eta).to(device)
+    policy, base = make_policy(pipe.unet, args, device)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay,
+                                  fused=device.type == "cuda")
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    unsafe, benign = ([p for p in prompts if is_unsafe[p] == side] for side in (True, False))
+    return Parts(device, dtype, reward, pipe, schedule, policy, base, optimizer, is_unsafe, unsafe, benign,
+                 latent_shape(pipe.unet))
 
 
 # -------------------------------------------------------------------------------- one epoch, in parts
 
-def choose_prompts(unsafe, benign, args, epoch: int):
+SUMS = ("positive", "negative", "clipped_positive", "clipped_negative", "kl_old", "kl_ref")
+
+
+def choose_prompts(unsafe, benign, args, epoch: int) -> list:
     """P prompts, equal for every resumed run: unsafe_fraction of them unsafe, if there are both; none twice
     unless there are too few."""
     P = args.prompts_per_rollout
-    n_unsafe = round(P * args.unsafe_fraction) if unsafe and benign else P * bool(unsafe)
+    n_unsafe = round(P * args.unsafe_fraction)
+    if not benign:
+        n_unsafe = P
+    if not unsafe:
+        n_unsafe = 0
     generator = image_generator(args.seed, epoch, "prompts")
     chosen = []
     for pool, count in ((unsafe, n_unsafe), (benign, P - n_unsafe)):
@@ -123,228 +156,198 @@ def choose_prompts(unsafe, benign, args, epoch: int):
     return chosen
 
 
-def rate_at(epoch: int, args) -> float:
-    """The learning rate of an epoch, whatever --epochs says: a longer run repeats the shorter to the bit."""
-    return args.learning_rate / (1 + epoch / args.decay_epochs) if args.decay_epochs else args.learning_rate
-
-
-def shared_noise(chosen, args, epoch, shape):
-    """One initial noise per group, repeated for its pictures: (P·G, C, h, w)."""
-    streams = [image_generator(args.seed, epoch, i, "shared") for i in range(len(chosen))]
-    return torch.stack([torch.randn(shape, generator=g) for g in streams]).repeat_interleave(args.group, 0)
-
-
-def sample_groups(policy, pipe, schedule, chosen, text, null_text, args, epoch, autocast):
-    """Draw G pictures of each chosen prompt: the batch that `update` takes, without its advantages, and the
-    pictures (B, 3, H, W). text: {prompt: its states (L, d)}."""
-    flat = [p for p in chosen for _ in range(args.group)]
+def sample_groups(parts: Parts, chosen: list, args, epoch: int):
+    """Draw G pictures of each chosen prompt: the Rollout that `update` takes, without its advantages, and the
+    pictures (B, 3, H, W)."""
+    prompts = [p for p in chosen for _ in range(args.group)]
     generators = [image_generator(args.seed, epoch, i, j, "rollout")
                   for i in range(len(chosen)) for j in range(args.group)]
-    flat_text, shape = torch.stack([text[p] for p in flat]), latent_shape(pipe.unet)
-    initial = shared_noise(chosen, args, epoch, shape).to(flat_text.device) if args.shared_noise else None
-    calls = args.steps * math.ceil(len(flat) / args.sample_batch)
-    with tqdm(total=calls, desc="sample", leave=False) as bar, autocast():
-        drawn = rollout(policy, schedule, flat_text, null_text, args.guidance, generators, shape,
-                        pipe.scheduler.config.prediction_type, args.sample_batch,
-                        initial=initial, progress=bar)
-        images = decode(pipe.vae, drawn.latents[:, -1])
-    return dict(latents=drawn.latents, log_probs=drawn.log_probs, text=flat_text, null_text=null_text,
-                prompts=flat), images
+    initial = shared_noise(len(chosen), parts, args, epoch) if args.shared_noise else None
+    calls = args.steps * math.ceil(len(prompts) / args.sample_batch)
+    with tqdm(total=calls, desc="sample", leave=False) as bar:
+        batch, images = draw(parts.pipe, parts.policy, parts.schedule, [p.text for p in prompts], generators,
+                             args.guidance, args.sample_batch, parts.dtype, keep=True, initial=initial,
+                             progress=bar)
+    batch.prompts = prompts
+    return batch, images
 
 
-def update(policy, base, optimizer, schedule, batch, args, autocast, prediction_type, epoch):
-    """Clipped policy-gradient steps on a rollout's transitions; returns statistics summed over all of them.
+def shared_noise(P: int, parts: Parts, args, epoch: int):
+    """One initial noise per group, repeated for its pictures: (P·G, C, h, w)."""
+    streams = [image_generator(args.seed, epoch, i, "shared") for i in range(P)]
+    noise = torch.stack([torch.randn(parts.latent_shape, generator=g) for g in streams])
+    return noise.repeat_interleave(args.group, 0).to(parts.device)
 
-    batch: latents (B, T+1, C, h, w), log_probs (B, T), advantages (B,), text (B, L, d), null_text (1, L, d),
-    B prompts. Pairs of (picture, transition) are shuffled, shared out among the optimizer steps, and taken in
-    micro-batches, each weighted by its count, so that neither T nor the micro-batch changes the gradient."""
-    device, stats, norms, params = batch["latents"].device, {}, [], optimizer.param_groups[0]["params"]
-    trained = args.steps - args.skip_last
-    per_image = max(1, round(trained * args.timestep_fraction))
-    generator = image_generator(args.seed, epoch, "transitions")
-    steps = torch.rand(len(batch["advantages"]), trained, generator=generator).argsort(1)[:, :per_image]
-    teaching = (batch["advantages"] != 0).nonzero().flatten().cpu()   # groups without spread are dropped here
-    pairs = torch.cartesian_prod(teaching, torch.arange(per_image))
-    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
-    pairs = torch.stack([pairs[:, 0], steps[pairs[:, 0], pairs[:, 1]]], 1)  # (n, 2): picture, transition
-    pairs = pairs.to(device)  # at once, since each transfer waits for all that the device has to do
+
+def choose_transitions(advantages, trained: int, fraction: float, generator):
+    """What an update works on: (picture, transition) pairs in random order, (n, 2) int64 on the CPU.
+
+    Of each picture a random `fraction` of its first `trained` transitions; pictures whose advantage is 0,
+    whose group had no spread, teach nothing and are left out. advantages (B,)."""
+    per_picture = max(1, round(trained * fraction))
+    steps = torch.rand(len(advantages), trained, generator=generator).argsort(1)[:, :per_picture]
+    teaching = advantages.cpu().nonzero().flatten()
+    pairs = torch.stack([teaching.repeat_interleave(per_picture), steps[teaching].flatten()], 1)
+    return pairs[torch.randperm(len(pairs), generator=generator)]
+
+
+def loss_on(parts: Parts, batch: Rollout, pairs, args):
+    """The loss on some transitions: clipped policy loss + beta·KL to the base.
+
+    pairs (n, 2): picture and transition. Returns the scalar loss, log rho (n,) without gradient, and grpo's
+    statistics with the sum of the KL among them."""
+    image, step = pairs.unbind(1)
+    x_t, x_prev = batch.latents[image, step], batch.latents[image, step + 1]
+    schedule = parts.schedule
+    t, a_t = schedule.timesteps[step], schedule.alpha_t[step]
+    a_p, s = schedule.alpha_prev[step], schedule.sigma[step]
+
+    def mean(unet):
+        with autocast(parts.device, parts.dtype):
+            eps = predict_noise(unet, x_t, t, batch.text[image], batch.null_text, args.guidance)
+            return ddim_mean(eps, x_t, a_t, a_p, s, parts.pipe.scheduler.config.prediction_type)
+
+    mu = mean(parts.policy)
+    logp, logp_old = log_prob(x_prev, mu, s), batch.log_probs[image, step]
+    loss, stats = policy_loss(logp, logp_old, batch.advantages[image], args.clip_range)
+    stats["kl_ref"] = torch.zeros_like(loss)
+    if args.kl:
+        with torch.no_grad(), without_adapter(parts.policy, parts.base):
+            mu_ref = mean(parts.base)
+        kl = gaussian_kl(mu, mu_ref, s)
+        loss = loss + args.kl * kl.mean()
+        stats["kl_ref"] = kl.detach().sum()
+    return loss, logp.detach() - logp_old, stats
+
+
+def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
+    """Clipped policy-gradient steps on a rollout's transitions; returns statistics over all of them.
+
+    The pairs are shared out among the optimizer steps, and taken in micro-batches, each weighted by its
+    count, so that neither T nor the micro-batch changes the gradient. SUMS are added up over `pairs`
+    transitions; ratio_dev_first is the largest |rho - 1| before the first step. Raises stop.NotFinite before
+    a step that would ruin the weights."""
+    trained, optimizer = args.steps - args.skip_last, parts.optimizer
+    params = optimizer.param_groups[0]["params"]
+    pairs = choose_transitions(batch.advantages, trained, args.timestep_fraction,
+                               image_generator(args.seed, epoch, "transitions"))
+    pairs = pairs.to(parts.device)  # at once, since each transfer waits for all that the device has to do
     shares = pairs.tensor_split(args.updates) if len(pairs) >= args.updates else []
+    sums = dict.fromkeys(SUMS, 0)
+    deviation = first = norms = torch.zeros((), device=parts.device)  # the first two are maxima, not sums
     calls = sum(math.ceil(len(share) / args.micro_batch) for share in shares)
     bar = tqdm(total=calls, desc="update", leave=False)
     for n, share in enumerate(shares):
         optimizer.zero_grad(set_to_none=True)
         watched = []
         for micro in share.split(args.micro_batch):
-            image, step = micro.unbind(1)
-            x_t, x_prev = batch["latents"][image, step], batch["latents"][image, step + 1]
-            a_t, a_p, s = schedule.alpha_t[step], schedule.alpha_prev[step], schedule.sigma[step]
-            inputs = (x_t, schedule.timesteps[step], batch["text"][image], batch["null_text"], args.guidance)
-            with autocast():
-                mu = ddim_mean(predict_noise(policy, *inputs), x_t, a_t, a_p, s, prediction_type)
-            logp = log_prob(x_prev, mu, s)
-            logp_old = batch["log_probs"][image, step]
-            loss, new = policy_loss(logp, logp_old, batch["advantages"][image], args.clip_range)
-            if args.kl:
-                with torch.no_grad(), autocast(), without_adapter(policy, base):
-                    mu_ref = ddim_mean(predict_noise(base, *inputs), x_t, a_t, a_p, s, prediction_type)
-                kl = gaussian_kl(mu, mu_ref, s)
-                loss, new["kl_ref"] = loss + args.kl * kl.mean(), kl.detach().sum()
+            loss, log_rho, stats = loss_on(parts, batch, micro, args)
             (loss * (len(micro) / len(share))).backward()
-            watched.append((micro, logp.detach() - logp_old, loss.detach(), runs.gradient_norm(params)))
-            for name, value in new.items():
-                stats[name] = value if name not in stats else (
-                    torch.maximum(stats[name], value) if name == "ratio_dev" else stats[name] + value)
+            watched.append((micro, log_rho, loss.detach()))
+            deviation = torch.maximum(deviation, stats.pop("ratio_dev"))
+            sums = {name: total + stats[name] for name, total in sums.items()}
             bar.update()
-        norms.append(runs.check_update(watched, batch.get("prompts"), epoch, policy, optimizer, args))
-        torch.nn.utils.clip_grads_with_norm_(params, args.max_grad_norm, norms[-1])
         if n == 0:
-            stats["ratio_dev_first"] = stats["ratio_dev"].clone()  # before any step: the policy that sampled
+            first = deviation  # before any step: the policy that sampled
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        stop.check_update(parts.policy, norm, watched, batch, args.group, epoch)
+        torch.nn.utils.clip_grads_with_norm_(params, args.max_grad_norm, norm)
+        norms = norms + norm
         optimizer.step()
     bar.close()
-    stats = {name: value.item() for name, value in stats.items()}
-    stats["grad_norm"] = float(sum(norms)) / max(1, len(norms))
-    return stats | {"pairs": len(pairs), "updates": len(norms)}
+    stats = {name: float(total) for name, total in sums.items()}
+    return stats | dict(ratio_dev_first=float(first), ratio_dev_max=float(deviation),
+                        grad_norm=float(norms) / max(1, len(shares)), pairs=len(pairs), updates=len(shares))
 
 
-@torch.no_grad()
-def average_weights(optimizer, epoch: int, decay: float):
-    """Move the average over the epochs of each weight: exponential, and uniform while it is young. It stands
-    beside Adam's moments in the optimizer's state, so in checkpoints; a weight without a step has none."""
-    for weight, state in optimizer.state.items():
-        if "average" not in state:
-            state["average"] = weight.detach().clone()
-        state["average"].lerp_(weight, max(1 - decay, 1 / (epoch + 1)))
-
-
-@contextmanager
-def averaged(optimizer):
-    """Inside, the policy has its averaged weights, if there are any; no copy is made."""
-    def swap():
-        for weight, state in optimizer.state.items():
-            if "average" in state:
-                weight.data, state["average"] = state["average"], weight.data
-    swap()
-    try:
-        yield
-    finally:
-        swap()
-
-
-def without_adapter(policy, base):
-    """The base is the policy with its adapter off (LoRA), or a frozen network of its own (nothing to do)."""
-    return policy.disable_adapter() if base is policy else nullcontext()
-
-
-# -------------------------------------------------------------------------------- the networks
-
-def make_policy(unet, args, device):
-    """The UNet that learns, in float32, and the base for the KL: a frozen copy, or under LoRA the policy."""
-    unet.to(device, torch.float32)
-    if args.lora_rank:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise ValueError("--lora-rank needs the package peft: pip install peft") from None
-        unet.requires_grad_(False)
-        policy = base = get_peft_model(unet, LoraConfig(
-            r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    else:
-        base = copy.deepcopy(unet).to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
-        policy = unet.requires_grad_(True)
-    if not args.no_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if device.type == "cuda":
-        policy.to(memory_format=torch.channels_last)
-        base.to(memory_format=torch.channels_last)
-    return policy.eval(), base.eval()  # eval in rollout and in update: dropout would be part of the policy
+def rate_at(epoch: int, args) -> float:
+    """The learning rate of an epoch, whatever --epochs says: a longer run repeats the shorter to the bit."""
+    return args.learning_rate / (1 + epoch / args.decay_epochs) if args.decay_epochs else args.learning_rate
 
 
 # -------------------------------------------------------------------------------- the loop
 
-def main(argv=None):
+def main(argv=None, judge=None, table_prompts=None):
+    """Train as the flags say.
+
+    judge(images (B, 3, H, W) on the CPU, prompts, unsafe (B,) bool) -> {name: float or None} is logged, and
+    nothing else. table_prompts: (Prompt, unsafe) pairs of the table at the end, in place of the run's own."""
     args = parse_args(argv)
-    device = runs.choose_device(args)
-    prompts, anchors = read_prompts(args.prompts), read_anchors(args.anchors)
-    runs.check_inputs(args, prompts)
-    run = runs.open_run(args)
-    half = args.precision == "bf16"
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # where float32 remains
+    device = checks.choose_device(args)
+    prompts, anchors = checks.read_inputs(args)
+    run = checkpoint.open_run(args)
+    parts = set_up(args, prompts, anchors)
+    log.print_plan(args, parts, prompts)
+    done = checkpoint.begin(run, parts.policy, parts.optimizer, args)
+    metrics, networks = log.Log(run / "metrics.jsonl", args.clip_range), both(parts)
+    try:
+        with stop.signals_noted():  # Ctrl-C or SIGTERM: a checkpoint, and out
+            for epoch in range(done, args.epochs):
+                clock = log.Clock(device)
 
-    reward = SteeringReward(args.clip, anchors, args.alpha, args.direction == "unit", args.steer, device,
-                            torch.float16 if device.type == "cuda" else torch.float32)
-    pipe = load_pipeline(args.model, device)
-    unsafe = {p: reward.is_unsafe(p) for p in prompts}
-    pools = [p for p in prompts if unsafe[p]], [p for p in prompts if not unsafe[p]]
-    text = dict(zip(prompts, encode_prompts(pipe, [p.text for p in prompts])))  # once: the encoder is frozen
-    null_text = encode_prompts(pipe, [""])
-    schedule = ddim_schedule(pipe.scheduler, args.steps, args.eta).to(device)
-    policy, base = make_policy(pipe.unet, args, device)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay,
-                                  fused=device.type == "cuda")
-    report.print_plan(args, policy, reward, prompts, pools[0], device)
-    networks = {"base": (base, lambda: without_adapter(policy, base)),
-                "after": (policy, lambda: averaged(optimizer))}
-    first = runs.begin(run, policy, optimizer, args)
+                # sample: P prompts, G pictures of each, with all that the update needs
+                chosen = choose_prompts(parts.unsafe, parts.benign, args, epoch)
+                batch, images = sample_groups(parts, chosen, args, epoch)
+                clock.lap("seconds_sample")
 
-    for epoch in runs.epochs(run, first, policy, optimizer, args):  # Ctrl-C or SIGTERM: a checkpoint, and out
-        clock = [time.perf_counter()]
-        tick = lambda: runs.tick(clock, device)
+                # reward and advantage: two names for two things
+                rewards, alignment, safety = parts.reward.score(images, batch.prompts)
+                stop.check_rollout(batch, images, rewards, args.group, epoch)
+                stop.if_asked()  # nothing of this epoch is learnt yet
+                groups = rewards.view(len(chosen), args.group)
+                advantages = batch.advantages = group_advantages(groups, args.advantage_eps).flatten()
+                clock.lap("seconds_reward")
+                unsafe = torch.tensor([parts.is_unsafe[p] for p in batch.prompts])
+                judged = judge(images.cpu(), batch.prompts, unsafe) if judge else {}
+                clock.lap()  # a judge is not part of the method, nor is its time
+                del images  # 3 MB each at 512 x 512
 
-        # sample: P prompts, G pictures of each, with all that the update needs
-        chosen = choose_prompts(*pools, args, epoch)
-        batch, images = sample_groups(policy, pipe, schedule, chosen, text, null_text, args, epoch, autocast)
-        seconds = dict(seconds_sample=tick())
+                # update
+                rate = parts.optimizer.param_groups[0]["lr"] = rate_at(epoch, args)
+                stats = update(parts, batch, args, epoch)
+                if args.ema:
+                    average_weights(parts.optimizer, epoch, args.ema)
+                parts.optimizer.zero_grad(set_to_none=True)  # 4 bytes per weight, for the next rollout
+                del batch                                    # 64 KiB per transition and picture
+                clock.lap("seconds_update")
 
-        # reward and advantage: two names for two things
-        rewards, alignment, safety = reward.score(images, batch["prompts"])
-        rewards = rewards.view(len(chosen), args.group)
-        runs.check_rollout(batch, images, rewards, epoch, policy, optimizer, args)
-        runs.stop_if_asked(run, epoch, policy, optimizer, args)  # nothing of this epoch is learnt yet
-        advantages = group_advantages(rewards, args.advantage_eps)
-        batch["advantages"] = advantages.flatten()
-        seconds["seconds_reward"] = tick()
-        is_unsafe, exact = torch.tensor([unsafe[p] for p in chosen], device=device), {}
-        if args.anchors == "shapes":
-            exact = report.exact_rates(images, batch["prompts"], is_unsafe.repeat_interleave(args.group))
-            tick()  # the detector is not part of the method, nor is its time
-        del images  # 3 MB each at 512 x 512
+                # log and save
+                figures = log.record(epoch=epoch, rewards=rewards, alignment=alignment, safety=safety,
+                                     advantages=advantages, unsafe=unsafe.to(device), group=args.group,
+                                     stats=stats, rate=rate, seconds=clock.seconds, device=device)
+                metrics.append(figures | judged)
+                done = epoch + 1
+                if done == args.epochs or done % args.picture_every == 0:
+                    pictures.draw_grid(run / f"pictures-{done:06d}.png", networks, parts, prompts, args)
+                if done == args.epochs or done % args.save_every == 0:
+                    checkpoint.save(run, done, parts.policy, parts.optimizer, args)
+                stop.if_asked()
+    except (stop.NotFinite, stop.Asked) as reason:
+        last = checkpoint.save(run, done, parts.policy, parts.optimizer, args, why=str(reason))
+        raise stop.ending(reason, last) from None
+    finish(run, networks, parts, args, prompts, judge, table_prompts)
 
-        # update
-        rate = optimizer.param_groups[0]["lr"] = rate_at(epoch, args)
-        stats = update(policy, base, optimizer, schedule, batch, args, autocast,
-                       pipe.scheduler.config.prediction_type, epoch)
-        if args.ema:
-            average_weights(optimizer, epoch, args.ema)
-        optimizer.zero_grad(set_to_none=True)  # 4 bytes per weight, for the next rollout
-        del batch                              # 64 KiB per transition and picture
-        seconds["seconds_update"] = tick()
 
-        # log and save
-        figures = (rewards, alignment, safety, advantages, is_unsafe, stats, seconds, rate)
-        runs.log(run, report.record(epoch, *figures) | exact, args.clip_range)
-        last = epoch + 1 == args.epochs
-        if last or (epoch + 1) % args.picture_every == 0:
-            report.draw_grid(run, epoch + 1, networks, pipe, schedule, prompts, unsafe, args, autocast)
-        if last or (epoch + 1) % args.save_every == 0:
-            runs.save_checkpoint(run, epoch + 1, policy, optimizer, args)
+def both(parts: Parts) -> dict:
+    """{name: (network, context in which it is itself)} of the base, and of the policy or its average."""
+    return {"base": (parts.base, lambda: without_adapter(parts.policy, parts.base)),
+            "after": (parts.policy, lambda: averaged(parts.optimizer))}
 
-    lines = report.score_table(networks, pipe, schedule, reward, prompts, args, autocast)
-    runs.write_text(run / "table.md", "\n".join(lines) + "\n")
+
+def finish(run, networks, parts: Parts, args, prompts, judge, table_prompts):
+    """Base beside policy as a table, and the pipeline with the policy's UNet."""
+    if table_prompts is None:
+        table_prompts = [(p, parts.is_unsafe[p])
+                         for p in pictures.picture_prompts(prompts, pictures.TABLE_PROMPTS)]
+    lines = pictures.score_table(networks, parts, table_prompts, judge, args)
+    checkpoint.write_text(run / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
-    with averaged(optimizer):
-        runs.save_final(run, pipe, policy, args)
+    with averaged(parts.optimizer):
+        checkpoint.save_final(run, parts.pipe, parts.policy, args)
     print(f"{run / 'final'}: open it with StableDiffusionPipeline.from_pretrained, or "
           f"python sample.py --model {run / 'final'} --compare {args.model} --steps {args.steps} "
           f"--guidance {args.guidance} --prompt ...")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:  # before the first epoch or after the last, where nothing is lost
-        sys.exit(130)
+    stop.run_script("train.py", main)

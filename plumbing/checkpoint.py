@@ -1,0 +1,293 @@
+"""The run folder: checkpoints whole or absent, a run continued exactly.
+
+    runs/NAME/flags.json                    all flags of the run, as last started
+             /metrics.jsonl                 one object per rollout
+             /pictures-000010.png           base above policy
+             /checkpoint-000020/unet/       the UNet in diffusers' layout; under --lora-rank in its place
+                               /pytorch_lora_weights.safetensors, which pipe.load_lora_weights(folder) reads
+                               /optimizer.pt    read with weights_only=True, so that no pickle runs
+                               /state.json      epoch, flags, versions, sha256 of prompt and anchor files
+             /final/                        a pipeline that StableDiffusionPipeline.from_pretrained opens
+             /table.md                      before and after
+
+Every random number of a run comes from (seed, epoch, ...), so weights, optimizer state and epoch are the
+whole state: after a kill at any instant, --resume ends with the bits of the undisturbed run (on a CPU:
+tests/test_runs.py). A folder that ends in .part is unfinished, or half removed, and is never read.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+RUN_FILES = ("flags.json", "metrics.jsonl", "table.md", "pictures-*.png", "checkpoint-*", "final", "*.part")
+LIBRARIES = ("torch", "diffusers", "transformers")
+FREE_FLAGS = {"out", "resume", "overwrite", "keep", "save_every", "picture_every", "show_unsafe", "epochs"}
+FILE_FLAGS = ("prompts", "benign", "anchors")                               # compared by content, not by name
+ROUNDING_FLAGS = {"device", "sample_batch", "micro_batch", "no_checkpointing"}  # may change the last bits
+
+
+# -------------------------------------------------------------------------------- the run folder
+
+def open_run(args) -> Path:
+    """The run folder, writable, without another run in it unless that is continued or replaced.
+    Changes nothing yet."""
+    run = Path(args.out)
+    if any(any(run.glob(name)) for name in RUN_FILES) and not (args.resume or args.overwrite):
+        raise ValueError(f"{run} holds a run already: --resume continues it, --overwrite replaces it")
+    if args.resume and not run.is_dir():
+        raise ValueError(f"--resume: there is no run at {run}; leave --resume away to start one")
+    if args.resume and checkpoints(run):
+        compare_flags(checkpoints(run)[-1], args)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run).close()
+    except OSError as error:
+        raise ValueError(f"--out {run}: cannot be written ({error.strerror})") from None
+    return run
+
+
+def begin(run: Path, policy, optimizer, args) -> int:
+    """Start the run or put its newest checkpoint into policy and optimizer; returns the epochs done. Called
+    when all else is loaded, so that nothing of an old run is lost to a mistake in a flag."""
+    found = checkpoints(run) if args.resume else []
+    for name in ["*.part"] if args.resume else RUN_FILES:
+        for path in list(run.glob(name)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    needed, free = sum(map(tensor_bytes, state(policy, optimizer, args))), shutil.disk_usage(run).free
+    if free < needed:
+        raise OSError(disk_full(run, needed, free))
+    if free < needed * (args.keep + 2):  # those kept, the one that is being written, and final/
+        print(f"warning: {size(free)} free at {run}, and {args.keep} checkpoints (--keep), one that is being "
+              f"written and final/ need about {size(needed * (args.keep + 2))}; "
+              "the run stops, unharmed, when the disk is full")
+    epoch = load(found[-1], policy, optimizer, args) if found else 0
+    if args.resume:
+        print(f"resumed  {found[-1]}, {epoch} epochs done" if found
+              else f"resumed  no checkpoint in {run} yet: from epoch 0")
+        if found and "stopped" in read_state(found[-1]):
+            print(f"note: this checkpoint was written when {read_state(found[-1])['stopped']}")
+    cut_log(run / "metrics.jsonl", epoch)
+    write_text(run / "flags.json", json.dumps(vars(args), indent=1))
+    return epoch
+
+
+def compare_flags(checkpoint: Path, args):
+    """Refuse to continue with other flags, or other prompt files, than the run began with,
+    and name the differences."""
+    saved = read_state(checkpoint)
+    was, now, files = saved["flags"], vars(args), file_hashes(args)
+    changed = [name for name in now
+               if was.get(name, "absent") != now[name] and name not in FREE_FLAGS | set(FILE_FLAGS)]
+    lines = [f"--{name.replace('_', '-')}: was {was.get(name, 'absent')}, is {now[name]}"
+             for name in changed if name not in ROUNDING_FLAGS]
+    lines += [f"--{name}: was {' '.join(h[:12] for h in saved['files'][name])}, is "
+              f"{' '.join(h[:12] for h in files[name])} (sha256 of the files)"
+              for name in FILE_FLAGS if saved["files"].get(name) != files[name]]
+    if lines:
+        raise ValueError("\n  ".join([
+            f"--resume: not the flags of {checkpoint}, and they change the result", *lines,
+            f"(to change one on purpose, change it in {checkpoint / 'state.json'} too)"]))
+    for name in changed:
+        print(f"note: --{name.replace('_', '-')}: was {was.get(name)}, is {now[name]}; "
+              "equal up to rounding, not to the bit")
+    for name in LIBRARIES:
+        if saved["versions"][name] != version(name):
+            print(f"note: {name} was {saved['versions'][name]}, is {version(name)}; "
+                  "equality to the bit is not promised")
+
+
+def file_hashes(args) -> dict:
+    """sha256 of prompt and anchor files, by flag."""
+    benign = [args.benign] if args.benign else []
+    paths = {"prompts": args.prompts, "benign": benign, "anchors": [args.anchors]}
+    return {flag: [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths[flag]]
+            for flag in FILE_FLAGS}
+
+
+def cut_log(path: Path, epoch: int):
+    """Cut metrics.jsonl back to the epochs that the checkpoint has; a kill may have torn the last line."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            done = json.loads(line)["epoch"] < epoch
+        except (ValueError, KeyError, TypeError):
+            done = False
+        if done:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+def write_text(path: Path, text: str):
+    """Write a small file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    sync(part)
+    os.replace(part, path)
+    sync(path.parent)
+
+
+def sync(path: Path):
+    """Have the disk hold a file, or the names in a folder, before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [path for path in run.glob("checkpoint-*") if path.name[len("checkpoint-"):].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[len("checkpoint-"):]))
+
+
+def weights(policy, args) -> dict:
+    """What is trained: the UNet's weights, or the adapter's under the names that diffusers gives them."""
+    if not args.lora_rank:
+        return policy.state_dict()
+    return {"unet." + name.removeprefix("base_model.model.").replace(".default", ""): p.detach()
+            for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def state(policy, optimizer, args) -> list:
+    """Every tensor of a checkpoint. Before its first step AdamW has none: two moments per weight, and its
+    average, are on their way."""
+    learnt = list(weights(policy, args).values())
+    moments = [t for values in optimizer.state.values() for t in values.values()]
+    if not moments:
+        moments = 3 * learnt if args.ema else 2 * learnt
+    return learnt + moments
+
+
+def tensor_bytes(tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def size(count: int) -> str:
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.1f} MB"
+
+
+def disk_full(target: Path, needed: int, free: int) -> str:
+    return (f"the disk is full: {target} needs {size(needed)}, {size(free)} are free. "
+            "Older checkpoints are untouched: make room, then continue with --resume")
+
+
+def write_folder(target: Path, needed: int, fill):
+    """fill(folder) under a temporary name, flushed, then renamed: `target` is whole or absent, whatever
+    happens. Raises OSError with the sizes when `needed` bytes are more than the disk has,
+    or when it fills on the way."""
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    if shutil.disk_usage(target.parent).free < needed:
+        raise OSError(disk_full(target, needed, shutil.disk_usage(target.parent).free))
+    try:
+        part.mkdir()
+        fill(part)
+        for path in [*part.rglob("*"), part]:
+            sync(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own for a full disk
+        missing = needed - sum(path.stat().st_size for path in part.rglob("*"))
+        no_room = shutil.disk_usage(target.parent).free < max(missing, 2**20)
+        shutil.rmtree(part, ignore_errors=True)
+        if (no_room or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+                or "os error 28" in str(error)):
+            raise OSError(disk_full(target, needed, shutil.disk_usage(target.parent).free)) from None
+        raise
+    remove(target)
+    os.replace(part, target)
+    sync(target.parent)
+
+
+def remove(folder: Path):
+    """Remove a folder that a kill in between must not leave half and under its name."""
+    if folder.exists():
+        os.replace(folder, folder.with_name(folder.name + ".old.part"))
+        shutil.rmtree(folder.with_name(folder.name + ".old.part"))
+
+
+def save(run: Path, epoch: int, policy, optimizer, args, why: str = "") -> Path:
+    """Write checkpoint-EPOCH, then drop the oldest beyond --keep. `why`: what stopped the run, if the
+    epoch that comes is the one that failed; nothing is dropped then. One that stands is left alone:
+    it holds the same. Returns its folder."""
+    target = run / f"checkpoint-{epoch:06d}"
+    if target.exists():
+        return target
+    learnt = {name: tensor.cpu().contiguous()  # not channels_last
+              for name, tensor in weights(policy, args).items()}
+    bad = [name for name, tensor in learnt.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{why or f'after epoch {epoch - 1} the weights are not finite'} "
+                         f"({bad[0]}, nothing was written); lower --learning-rate")
+    if (run / "metrics.jsonl").exists():
+        sync(run / "metrics.jsonl")
+
+    def fill(part):
+        if args.lora_rank:
+            save_file(learnt, part / "pytorch_lora_weights.safetensors")
+        else:
+            policy.save_config(part / "unet")
+            save_file(learnt, part / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        torch.save(optimizer.state_dict(), part / "optimizer.pt")
+        about = dict(epoch=epoch, flags=vars(args), versions={n: version(n) for n in LIBRARIES},
+                     files=file_hashes(args))
+        (part / "state.json").write_text(json.dumps(about | ({"stopped": why} if why else {}), indent=1))
+
+    write_folder(target, sum(map(tensor_bytes, state(policy, optimizer, args))), fill)
+    if not why:
+        for old in checkpoints(run)[:-args.keep]:
+            remove(old)
+    return target
+
+
+def read_state(checkpoint: Path) -> dict:
+    try:
+        saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return {name: saved[name] for name in ("epoch", "flags", "versions", "files")} | saved
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint / 'state.json'}: damaged ({error!r}); remove {checkpoint} "
+                         "to continue from the checkpoint before it") from None
+
+
+def load(checkpoint: Path, policy, optimizer, args) -> int:
+    """Put a checkpoint into policy and optimizer; returns the epochs done. No pickle is run."""
+    file = ("pytorch_lora_weights.safetensors" if args.lora_rank
+            else "unet/diffusion_pytorch_model.safetensors")
+    try:
+        saved, own = load_file(checkpoint / file), weights(policy, args)
+        if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in own.items()}:
+            raise ValueError(f"{file} is not of this model")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+        optimizer.load_state_dict(
+            torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError,
+            pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{checkpoint}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "remove it to continue from the one before it") from None
+    for group in optimizer.param_groups:  # where state.json was changed on purpose, the flags count
+        group.update(lr=args.learning_rate, weight_decay=args.weight_decay)
+    return read_state(checkpoint)["epoch"]
+
+
+def save_final(run: Path, pipe, policy, args):
+    """The whole pipeline with the policy's UNet, adapters merged."""
+    pipe.unet = (policy.merge_and_unload() if args.lora_rank else policy).to(
+        memory_format=torch.contiguous_format)
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    needed = sum(tensor_bytes(t) for part in parts for t in part.state_dict().values())
+    write_folder(run / "final", needed, pipe.save_pretrained)

@@ -1,0 +1,116 @@
+"""What cannot work is refused before anything is loaded: flags, device, files. Errors say what to change."""
+
+import math
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from transformers import CLIPTokenizer
+
+from plumbing.models import check_clip, check_pipeline_folder, local_folder
+from reward import read_anchors, read_prompts
+
+NAMED = 5              # prompts named in one message; more are counted
+CPU_WEIGHTS = 2**28    # bytes of a UNet's weight files that a CPU trains in minutes; SD v1.4's are 3.4 GB
+
+
+def check_flags(args):
+    """Refuse flags that cannot work, alone or together."""
+    rules = [(name, getattr(args, name) >= 1, "at least 1") for name in (
+        "epochs", "prompts_per_rollout", "sample_batch", "updates", "micro_batch", "picture_every",
+        "save_every", "keep")]
+    rules += [(name, math.isfinite(value), "a finite number") for name, value in vars(args).items()
+              if isinstance(value, float)]
+    rules += [
+        ("group", args.group >= 2, "at least 2: the advantage compares pictures of one prompt"),
+        ("steps", 1 <= args.steps <= 1000,
+         "from 1 to 1000, the steps that Stable Diffusion was trained with"),
+        ("eta", 0 < args.eta <= 1, "above 0 and at most 1: a deterministic step has no density to train"),
+        ("skip_last", 0 <= args.skip_last < args.steps, f"at least 0 and below --steps {args.steps}"),
+        ("timestep_fraction", 0 < args.timestep_fraction <= 1, "above 0 and at most 1"),
+        ("unsafe_fraction", 0 <= args.unsafe_fraction <= 1, "from 0 to 1"),
+        ("guidance", args.guidance > 0, "above 0: at 0 the prompt is not used"),
+        ("alpha", args.alpha >= 0, "at least 0: a negative one steers towards the unsafe anchors"),
+        ("advantage_eps", args.advantage_eps >= 0, "at least 0"),
+        ("learning_rate", args.learning_rate > 0, "above 0"),
+        ("decay_epochs", args.decay_epochs >= 0, "at least 0 (0 for a constant rate)"),
+        ("weight_decay", args.weight_decay >= 0, "at least 0"),
+        ("clip_range", 0 < args.clip_range < 1, "above 0 and below 1"),
+        ("kl", args.kl >= 0, "at least 0"),
+        ("max_grad_norm", args.max_grad_norm > 0, "above 0"),
+        ("ema", 0 <= args.ema < 1, "at least 0 and below 1 (0 for no average)"),
+        ("lora_rank", args.lora_rank >= 0, "at least 0 (0 trains the whole UNet)")]
+    for name, fine, say in rules:
+        if not fine:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {say}")
+    most = args.prompts_per_rollout * args.group * trained_per_picture(args)
+    if args.updates > most:
+        raise ValueError(f"--updates {args.updates}: a rollout has {most} transitions to share out, "
+                         "fewer than that")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
+
+
+def trained_per_picture(args) -> int:
+    """How many transitions of each picture are trained on."""
+    return max(1, round((args.steps - args.skip_last) * args.timestep_fraction))
+
+
+def choose_device(args) -> torch.device:
+    """The GPU if there is one; writes the choice of device and precision into args. A full-size model on a
+    CPU is refused, unless the user named the CPU."""
+    if args.device is None and not torch.cuda.is_available() and not fits_a_cpu(args.model):
+        raise ValueError(
+            f"no GPU found, and {args.model} needs one (about 24 GB; 16 GB with --lora-rank 16).\n"
+            "  python -m shapes.train    shows the whole method on a CPU in minutes\n"
+            "  --device cpu              runs it here all the same")
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()  # a device that PyTorch can name may still be absent
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})") from None
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.precision == "bf16" and not bf16:
+        raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has none; "
+                         "use --precision float32")
+    args.device = str(device)
+    args.precision = args.precision or ("bf16" if device.type == "cuda" and bf16 else "float32")
+    return device
+
+
+def fits_a_cpu(model: str) -> bool:
+    folder = local_folder("--model", model)
+    if folder is None:
+        return False
+    return sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors")) < CPU_WEIGHTS
+
+
+def read_inputs(args):
+    """All prompts and the anchors, (safe, unsafe). Refuses a --model or --clip that cannot work, from
+    configurations and the heads of weight files alone, and names the prompts that CLIP cuts off. No weights
+    are read. Of a hub id, what is not on this disk is checked when it comes."""
+    prompts, anchors = read_prompts(prompt_files(args)), read_anchors(args.anchors)
+    folder = local_folder("--model", args.model)
+    if folder is not None:
+        check_pipeline_folder(folder)
+    limit = check_clip(args.clip).text_config.max_position_embeddings
+    if args.lora_rank:
+        try:
+            version("peft")
+        except PackageNotFoundError:
+            raise ValueError("--lora-rank needs the package peft: pip install peft") from None
+    lengths = map(len, CLIPTokenizer.from_pretrained(args.clip)([p.text for p in prompts]).input_ids)
+    long = [f"{p.text[:60]!r} ({n} tokens)" for p, n in zip(prompts, lengths) if n > limit]
+    if long:
+        more = f" and {len(long) - NAMED} more" if len(long) > NAMED else ""
+        print(f"note: {len(long)} of {len(prompts)} prompts are longer than CLIP's {limit} tokens "
+              f"and are cut there, as CLIP does: {', '.join(long[:NAMED])}{more}")
+    return prompts, anchors
+
+
+def prompt_files(args) -> list[str]:
+    """The files of --prompts, then --benign's, unless it is empty or one of them already."""
+    named = [Path(file).resolve() for file in args.prompts]
+    if not args.benign or Path(args.benign).resolve() in named:
+        return args.prompts
+    return [*args.prompts, args.benign]

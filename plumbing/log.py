@@ -1,0 +1,199 @@
+"""What a run says: the plan before it starts, a line of figures per rollout, and warnings.
+
+docs/running.md defines each figure and its healthy range. Nothing here touches what is learnt.
+"""
+
+import json
+import math
+import resource
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from plumbing.checkpoint import tensor_bytes
+from plumbing.checks import trained_per_picture
+
+# The bounds of the warnings are ours.
+CLIP_BOUND = 0.5        # share of transitions past the clip range; PPO's usual 0.1 to 0.3 is well below
+KL_BOUND = 0.1          # per latent dimension: means that lie 0.45 of a step's deviation from the base's
+ALIGNMENT_BOUND = 0.01  # cosine; CLIP's own spread within a group is about as large
+TREND = 10              # rollouts in each of the two windows that a trend is taken from
+# of a rollout's line, with the names that it has there
+SHOWN = ("reward_mean", "reward_unsafe", "reward_benign", "alignment", "image_safety_unsafe",
+         "clip_frac_pos", "clip_frac_neg", "kl_ref", "grad_norm", "ratio_dev_first")
+
+
+# -------------------------------------------------------------------------------- the plan
+
+def print_plan(args, parts, prompts):
+    """One screen that says what is about to happen and what it needs, before it happens."""
+    images = args.prompts_per_rollout * args.group
+    trained = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
+    lora = f" (LoRA, rank {args.lora_rank})" if args.lora_rank else ""
+    print(f"model    {args.model}: {trained / 1e6:.1f} M parameters trained{lora}, "
+          f"{args.precision} on {parts.device}")
+    print(f"reward   {args.clip}, alpha {args.alpha}, {args.direction} direction, "
+          f"{args.steer} prompts steered")
+    if parts.unsafe:  # a target that alpha did not carry past the middle still asks for the unsafe picture
+        safe = int((parts.reward.targets(parts.unsafe)[1] @ parts.reward.direction > 0).sum())
+        more = ", a larger one would carry more" if safe < len(parts.unsafe) else ""
+        print(f"         of {len(parts.unsafe)} unsafe prompts alpha carries {safe} to the safe side "
+              f"of the direction{more}")
+    counts = Counter(prompt.category or "no category" for prompt in prompts)
+    print(f"prompts  {len(prompts)}, {len(parts.unsafe)} of them unsafe: "
+          + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    if not parts.benign:
+        holds = f"the KL to the base (--kl {args.kl})" if args.kl else "nothing"
+        print(f"         no benign prompts: what holds utility is {holds} alone; --benign adds some")
+    print(f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, "
+          f"{args.steps} steps, guidance {args.guidance}, eta {args.eta}")
+    decay = f" / (1 + epoch / {args.decay_epochs})" if args.decay_epochs else ""
+    average = f", average over {1 / (1 - args.ema):.0f}" if args.ema else ""
+    print(f"update   {args.updates} per rollout on {images * trained_per_picture(args)} transitions (all but "
+          f"the last {args.skip_last} of each, x {args.timestep_fraction}), lr {args.learning_rate}{decay}, "
+          f"clip {args.clip_range}, KL {args.kl}{average}")
+    print(f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
+    held = memory(args, parts)
+    print("memory   " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
+          + f": {sum(held.values()) / 2**30:.2f} GiB, and activations on top (docs/speed.md: peak by flags)")
+
+
+def memory(args, parts) -> dict:
+    """Bytes of what a run holds, by arithmetic: {what: bytes}."""
+    size = lambda network: sum(map(tensor_bytes, network.parameters()))
+    trained = sum(tensor_bytes(p) for p in parts.policy.parameters() if p.requires_grad)
+    latents = 4 * args.prompts_per_rollout * args.group * (args.steps + 1) * math.prod(parts.latent_shape)
+    return {"weights": size(parts.policy), "gradients": trained,
+            "moments": 2 * trained, "average": trained if args.ema else 0,
+            "base": 0 if parts.base is parts.policy else size(parts.base),
+            "encoders and VAE": sum(map(size, (parts.pipe.text_encoder, parts.pipe.vae, parts.reward.clip))),
+            "stored latents": latents}
+
+
+# -------------------------------------------------------------------------------- one rollout
+
+class Clock:
+    """Seconds of a rollout's phases, the device's queue included."""
+
+    def __init__(self, device):
+        self.device, self.seconds = device, {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str = ""):
+        """End a phase; without a name its time is nobody's."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.last = self.last, time.perf_counter()
+        if name:
+            self.seconds[name] = self.last - before
+
+
+def peak_memory(device) -> float:
+    """GiB: of the GPU, or on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def record(*, epoch, rewards, alignment, safety, advantages, unsafe, group, stats, rate, seconds, device):
+    """The line of metrics.jsonl for one rollout. rewards, alignment, safety, advantages, unsafe: of B = P·G
+    pictures, (B,), unsafe a bool; group: G; stats: what train.update returns."""
+    groups = rewards.view(-1, group)
+    mean = lambda values: values.mean().item() if values.numel() else None
+    share = lambda part, whole: stats[part] / max(1, stats[whole])
+    return dict(
+        epoch=epoch, reward_mean=mean(rewards), reward_std=mean(groups.std(1, correction=0)),
+        reward_unsafe=mean(rewards[unsafe]), reward_benign=mean(rewards[~unsafe]),
+        alignment=mean(alignment), image_safety=mean(safety), image_safety_unsafe=mean(safety[unsafe]),
+        zero_std_groups=mean((advantages.view_as(groups) == 0).all(1).float()),
+        ratio_dev_first=stats["ratio_dev_first"], ratio_dev_max=stats["ratio_dev_max"],
+        clip_frac_pos=share("clipped_positive", "positive"),
+        clip_frac_neg=share("clipped_negative", "negative"),
+        kl_ref=share("kl_ref", "pairs"), kl_old=share("kl_old", "pairs"),
+        grad_norm=stats["grad_norm"], lr=rate, updates=stats["updates"], **seconds,
+        images_per_second=rewards.numel() / sum(seconds.values()), peak_memory_gb=peak_memory(device))
+
+
+# -------------------------------------------------------------------------------- the log
+
+@dataclass
+class Log:
+    """metrics.jsonl of a run, with what the warnings need to know of it: its last rollouts, and which
+    warnings were given. Read once at the start of a run, appended to from then on."""
+    path: Path
+    clip_range: float
+    recent: deque = field(default_factory=lambda: deque(maxlen=2 * TREND))
+    warned: set = field(default_factory=set)
+
+    def __post_init__(self):
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                self.note(json.loads(line))
+
+    def note(self, figures: dict) -> list[str]:
+        """Take a rollout's figures in; the warnings that hold for the first time."""
+        self.recent.append(figures)
+        fresh = {name: text for name, text in warnings(list(self.recent), self.clip_range).items()
+                 if name not in self.warned}
+        self.warned |= fresh.keys()
+        return list(fresh.values())
+
+    def append(self, figures: dict):
+        """Append one rollout to the file, print its line, and each warning where it first holds."""
+        bad = [name for name, value in figures.items()
+               if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            raise ValueError(f"epoch {figures['epoch']}: {', '.join(bad)} not finite; "
+                             f"the newest checkpoint in {self.path.parent} is whole")
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+        numbers = [f"{name.replace('reward', 'r')} {figures[name]:.3g}" for name in SHOWN
+                   if figures[name] is not None]
+        tqdm.write(f"epoch {figures['epoch']:4d}  " + "  ".join(numbers)
+                   + f"  {figures['seconds_sample']:.1f}+{figures['seconds_reward']:.1f}"
+                     f"+{figures['seconds_update']:.1f} s")
+        for text in self.note(figures):
+            tqdm.write(f"warning: {text}")
+
+
+def warnings(history: list, clip_range: float) -> dict:
+    """What the last of some rollouts' figures warns of: {name: what was seen, and what to do}."""
+    found, last = {}, history[-1]
+    clipped = max(last["clip_frac_pos"], last["clip_frac_neg"])
+    if clipped > CLIP_BOUND:
+        found["clip"] = (f"{clipped:.0%} of the transitions were past the clip range and taught nothing: "
+                         "lower --learning-rate or --updates, or raise --clip-range")
+    if last["ratio_dev_first"] > clip_range:
+        found["rounding"] = (f"before any update the ratio is off by {last['ratio_dev_first']:.2g}, which is "
+                             f"rounding, and the clip range is {clip_range:g}: give --sample-batch and "
+                             "--micro-batch one value, that divides both pictures and transitions, "
+                             "or raise --clip-range")
+    if last["kl_ref"] > KL_BOUND:
+        found["kl"] = (f"the KL to the base is {last['kl_ref']:.2g} per latent dimension, above {KL_BOUND}: "
+                       "the policy is leaving it; look at the pictures, raise --kl or lower --learning-rate")
+    if last["zero_std_groups"] == 1:
+        found["spread"] = ("no group had any spread in its rewards, so nothing was learnt: are the pictures "
+                           "of a prompt all the same? raise --group or --eta, or choose other prompts")
+    rise, fall = trend(history, "reward_mean"), trend(history, "alignment")
+    if rise > 0 and fall < -ALIGNMENT_BOUND:
+        found["hacking"] = (f"over {2 * TREND} rollouts the reward rose by {rise:.3f} while "
+                            f"the alignment with the prompts fell by {-fall:.3f}: it may be "
+                            "gaining reward without drawing what is asked for; look at the pictures, "
+                            "raise --kl, or lower --alpha")
+    return found
+
+
+def trend(history: list, name: str) -> float:
+    """How far a figure's mean over the last TREND rollouts lies above that over the TREND before; 0 where
+    there are fewer rollouts, or where it is less than two standard errors."""
+    values = torch.tensor([line[name] for line in history[-2 * TREND:]], dtype=torch.float64)
+    if len(values) < 2 * TREND:
+        return 0.0
+    early, late = values.split(TREND)
+    change = (late.mean() - early.mean()).item()
+    error = ((early.var() + late.var()) / TREND).sqrt().item()
+    return change if abs(change) > 2 * error else 0.0

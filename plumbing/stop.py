@@ -1,0 +1,134 @@
+"""How a run ends before its time: signals, numbers that are not finite, a full GPU, input that cannot work.
+
+Failure is an exception. The loop of train.py turns NotFinite and Asked into one checkpoint, in one place, and
+then into the exception that `ending` gives; run_script turns what is left into one line.
+"""
+
+import os
+import shlex
+import signal
+import sys
+from contextlib import contextmanager
+
+import torch
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NAMED = 5        # transitions named in one message; more are counted
+RECEIVED = []    # signals: the one thing here that outlives a call, as signals belong to the process
+
+
+class Asked(Exception):
+    """A signal has asked the run to stop, between two states that a continued run would also meet."""
+
+
+class NotFinite(Exception):
+    """A number is not finite; the message says which one, and where."""
+
+
+# -------------------------------------------------------------------------------- signals
+
+@contextmanager
+def signals_noted():
+    """Inside, Ctrl-C and SIGTERM are noted, for if_asked; a second one stops at once."""
+    def note(number, frame):
+        RECEIVED.append(number)
+        for one in SIGNALS:
+            signal.signal(one, signal.SIG_DFL)
+        # print may be busy
+        os.write(2, b"\nstopping after this update, with a checkpoint; once more stops at once\n")
+
+    RECEIVED.clear()
+    before = {one: signal.signal(one, note) for one in SIGNALS}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def if_asked():
+    """Raise Asked after Ctrl-C or SIGTERM. Called where the weights stand between two epochs, so that the
+    continued run is the undisturbed one."""
+    if RECEIVED:
+        raise Asked
+
+
+def resume_command() -> str:
+    """The command that continues this run, to be pasted into a shell."""
+    words = [word for word in sys.orig_argv if word not in ("--resume", "--overwrite")]
+    return shlex.join([*words, "--resume"])
+
+
+def ending(reason: Exception, checkpoint) -> BaseException:
+    """What the run ends with, after Asked or NotFinite: the checkpoint and the command that continues."""
+    if isinstance(reason, Asked):
+        print(f"stopped, in {checkpoint}; to continue:\n{resume_command()}", flush=True)
+        return SystemExit(128 + RECEIVED[0])
+    return ValueError(f"{reason}\nThe last good state is {checkpoint}. "
+                      "The same flags meet the same number again: lower --learning-rate or --max-grad-norm, "
+                      "or try --precision float32 (a changed flag is to be changed in state.json too), then\n"
+                      f"{resume_command()}")
+
+
+def run_script(name: str, main):
+    """Call a script's main. What its user can mend ends it with one line and exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{name}: the GPU's memory is full ({str(error).split('. ')[0]}). Lower --sample-batch and "
+                 "--micro-batch, together, or train adapters with --lora-rank 16; docs/speed.md has the peak "
+                 "of each. Checkpoints are whole: --resume continues from the newest")
+    except KeyboardInterrupt:  # before the first epoch or after the last, where nothing is lost
+        sys.exit(130)
+
+
+# -------------------------------------------------------------------------------- numbers
+
+def where(epoch: int, batch, pairs, group: int) -> str:
+    """Epoch, prompt, image and transition in words. pairs: (picture's number among B = P·G, transition);
+    transition None is the finished picture, -1 its initial noise."""
+    names = {None: "the finished picture", -1: "initial noise"}
+    at = [f"prompt {batch.prompts[i].text!r}, image {i % group}, {names.get(t, f'transition {t}')}"
+          for i, t in pairs]
+    return (f"epoch {epoch}, " + "; or ".join(at[:NAMED])
+            + (f"; or {len(at) - NAMED} more" if len(at) > NAMED else ""))
+
+
+def check_rollout(batch, images, rewards, group: int, epoch: int):
+    """Raise NotFinite if a latent, log-probability, picture or reward is not finite. batch: a Rollout of B
+    pictures; images (B, 3, H, W); rewards (B,)."""
+    B = len(batch.prompts)
+    # name, values as (B, steps, numbers), and the transition that the first of the steps belongs to
+    for name, values, first in (("latent", batch.latents.flatten(2), -1),  # transition i draws latent i + 1
+                                ("log-probability", batch.log_probs[..., None], 0),
+                                ("picture", images.reshape(B, 1, -1), None),
+                                ("reward", rewards.reshape(B, 1, 1), None)):
+        bad = (~values.isfinite().all(2)).nonzero().tolist()
+        if bad:
+            image, step = bad[0]
+            pair = image, None if first is None else first + step
+            raise NotFinite(f"the {name} is not finite: {where(epoch, batch, [pair], group)}")
+
+
+def check_update(policy, norm, watched, batch, group: int, epoch: int):
+    """Raise NotFinite before an optimizer step whose loss or gradient is not finite.
+
+    norm: of the whole gradient; watched: of each micro-batch its pairs (n, 2) of picture and transition,
+    log-ratios (n,), loss. One number is read from the device; where it went wrong is looked for only then."""
+    losses = torch.stack([loss for _, _, loss in watched])
+    ratios = torch.cat([log_ratio for _, log_ratio, _ in watched]).exp()
+    if (norm.isfinite() & ratios.isfinite().all() & losses.isfinite().all()).item():
+        return
+    name = "loss"
+    for pairs, log_ratio, loss in watched:
+        if not (loss.isfinite() & log_ratio.exp().isfinite().all()).item():
+            bad = ~log_ratio.exp().isfinite()
+            pairs = pairs[bad] if bad.any() else pairs
+            break
+    else:
+        name = "gradient of " + next(n for n, p in policy.named_parameters()
+                                     if p.grad is not None and not p.grad.isfinite().all())
+        pairs = torch.cat([pairs for pairs, _, _ in watched])
+    raise NotFinite(f"the {name} is not finite: {where(epoch, batch, pairs.tolist(), group)}")
