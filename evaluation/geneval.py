@@ -10,7 +10,8 @@ What is kept: score = class probability x mean mask probability, at most 100 (qu
 objects of a class, no suppression of overlaps (the official IoU limit is 1.0), the decision rules, the colour
 classifier and its grey. Class names are mapped by COCO index, never by the checkpoint's label strings.
 
-    from geneval import make_judge      # used by: python evaluate.py --suite geneval
+Guidance 9 and seed 42 for every prompt are the defaults of its generation/diffusers_generate.py; what the
+published rows were drawn with is not known.
 """
 
 import json
@@ -23,6 +24,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerModel, Mask2FormerPreTrainedModel
+
+from evaluation import published
+from evaluation.judges import fetch, loading, sha256
+from evaluation.rows import Row, finish, one_guidance
+from evaluation.statistics import Table
+from evaluation.tables import categories_of, safety_tables, utility_table
+
+SETTINGS = dict(sampler="ddim", steps=50, eta=0.0, guidance=9.0, samples=4, judges="geneval", batch=8)
+HARMLESS = True
 
 URL = "https://raw.githubusercontent.com/djghosh13/geneval/af4902f24d3c/prompts/evaluation_metadata.jsonl"
 SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
@@ -83,6 +93,15 @@ def read_metadata(path: str | Path) -> list[dict]:
             raise ValueError(f"{path}, line {number}: {unknown[0]!r} is not a class or task of GenEval")
         rows.append(row)
     return rows
+
+
+def rows(args) -> tuple[list[Row], dict, list[str]]:
+    """One row for each of its lines; the pictures of a prompt continue one stream of noise."""
+    local, guidance, notes = args.prompts[0] if args.prompts else None, one_guidance(args), []
+    path = fetch(URL, "" if local else SHA256, local, "--prompts", args.cache)
+    made = [Row(case, 0, facts["prompt"], (facts["tag"],), args.seed, guidance, facts=facts)
+            for case, facts in enumerate(read_metadata(path))]
+    return finish(made, args, notes, path), {"prompts": {path.name: sha256(path)}}, notes
 
 
 # -------------------------------------------------------------------------------- detector
@@ -212,7 +231,7 @@ def color_weights(name: str, embed_texts):
     return F.normalize(torch.stack(rows), dim=-1)
 
 
-def make_judge(detector, embed_images, embed_texts, device="cpu", batch_size: int = 4):
+def judge_with(detector, embed_images, embed_texts, device="cpu", batch_size: int = 4):
     """judge(images, rows) -> {"geneval": {correct, reason, objects}} for each picture.
 
     images: PIL, all of one size; row.facts: a line of GenEval's metadata.
@@ -244,3 +263,27 @@ def make_judge(detector, embed_images, embed_texts, device="cpu", batch_size: in
         return results
 
     return judge
+
+
+def make_judge(args, clip, files: dict):
+    """judge_with under the flags, and what it is."""
+    with loading(args.detector, "pass the folder with --detector"):
+        detector = Detector.from_pretrained(args.detector, use_safetensors=True)
+    judge = judge_with(detector.to(args.device).eval(), *clip("--q16-clip"), args.device)
+    return judge, {"detector": args.detector, "colours": args.q16_clip, "cut": CUT,
+                   "counting_cut": COUNTING_CUT, "official_detector": False}
+
+
+# -------------------------------------------------------------------------------- table
+
+def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
+    made = safety_tables(rows, raw, categories_of(rows))
+    if "geneval" in next(iter(raw.values())):
+        columns = {t: {k: int(r["geneval"]["correct"]) for k, r in raw.items() if t in rows[k].groups}
+                   for t in TASKS}
+        note = ("Port of the detector to transformers, not the official mmdet detector. Overall: the "
+                "unweighted mean of the six tasks. Guidance 9 and seed 42 are the defaults of GenEval's own "
+                "script; which ones the published rows were drawn with is not known.")
+        made.append(Table("GenEval accuracy, %", "rate", note, {"transformers port": columns},
+                          macro="overall", published=published.GENEVAL))
+    return made + utility_table(raw, clip, fid)

@@ -1,9 +1,9 @@
-"""What the models are asked to draw: every suite's prompts, as rows with a case number, a seed and a size.
+"""What every suite's reader shares: a row for each picture to draw, CSVs of prompts, a fixed draw of some.
 
-I2P is read from its own CSV in either published format: the hub's (AIML-TUDA/i2p) or the repackaged one of
-ESD, RECE and MACE. Both have the same 4,703 rows in the same order and give the same rows here. Row 2260 has
-no prompt: empty in one, the word "Null" in the other, and "nan" in harnesses that read it with pandas; it is
-drawn with the empty prompt.
+A CSV has I2P's columns in either published format: the hub's (AIML-TUDA/i2p) or the repackaged one of ESD,
+RECE and MACE. Row 2260 of I2P has no prompt: it is empty in the repackaged file, which harnesses that read it
+with pandas turn into "nan", and the word "Null" in the hub's, which pandas leaves a word. It is drawn with
+the empty prompt here.
 """
 
 import csv
@@ -11,12 +11,9 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import geneval
-import shapes
-from evaluation import judges, tables
-from reward import read_prompts
+from evaluation.judges import sha256
 
-I2P_HUB = ("AIML-TUDA/i2p", "i2p_benchmark.csv")
+I2P = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity")
 # What a row needs -> the columns that may hold it: the hub's names and those of the repackaged ESD file. An
 # attack's CSV has its prompts in adv_prompt, as R1's evaluator reads it.
 COLUMNS = {"prompt": ("adv_prompt", "prompt", "caption"), "categories": ("categories",),
@@ -42,8 +39,9 @@ class Row:
         return f"{self.case:05d}_{self.image}"
 
 
-def csv_rows(path: Path, required: tuple, guidance, seed: int, notes: list) -> list[Row]:
-    """The rows of a CSV with I2P's columns in either published format; `required` ones have to be there."""
+def csv_rows(path: Path, required: tuple, guidance, seed: int) -> tuple[list[Row], list[str]]:
+    """The rows of a CSV with I2P's columns in either published format; `required` ones have to be there.
+    Returns them and what has to be said about them."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         names = {need: next((c for c in options if c in (reader.fieldnames or ())), None)
@@ -53,7 +51,7 @@ def csv_rows(path: Path, required: tuple, guidance, seed: int, notes: list) -> l
             there = ", ".join(reader.fieldnames or ["none"])
             raise ValueError(f"{path}: no column {', '.join(missing)}; it has {there}")
         lines = list(reader)
-    rows = []
+    rows, notes = [], []
     for index, line in enumerate(lines):
         fact = {need: line[name] for need, name in names.items() if name is not None}
         try:
@@ -67,26 +65,12 @@ def csv_rows(path: Path, required: tuple, guidance, seed: int, notes: list) -> l
         if text in ("", "Null"):
             notes.append(f"case {case} has no prompt ({fact['prompt']!r} in the file): drawn with ''")
             text = ""
-        groups = tuple(c for c in tables.I2P if c in fact.get("categories", ""))  # as substrings, as all do
+        groups = tuple(c for c in I2P if c in fact.get("categories", ""))  # as substrings, as all do
         rows.append(Row(case, 0, text, groups, numbers.get("seed", seed + case), number,
                         numbers.get("width", 0), numbers.get("height", 0)))
     if len({row.case for row in rows}) < len(rows):
         raise ValueError(f"{path}: {names['case']} repeats a number; everything is joined by it")
-    return rows
-
-
-def shapes_rows(images: int, guidance: float, seed: int) -> list[Row]:
-    """At least `images` pictures for each kind of prompt (harm trained on, held out, explicit, calm, benign),
-    spread evenly over the kind's categories and over each category's captions."""
-    held_out = tuple(c for c in shapes.HARM_WORDS if c not in shapes.TRAINED_ON)
-    texts = {}
-    for text, category in shapes.evaluation_prompts():
-        texts.setdefault(category, []).append(text)
-    picked = [(texts[category][i % len(texts[category])], category)
-              for kind in (shapes.TRAINED_ON, held_out, ("explicit",), ("calm",), shapes.TASKS)
-              for category in kind for i in range(-(-images // len(kind)))]
-    return [Row(case, 0, text, (category,), seed + case, guidance)
-            for case, (text, category) in enumerate(picked)]
+    return rows, notes
 
 
 def stratified(rows: list[Row], limit: int, seed: int) -> list[Row]:
@@ -99,50 +83,25 @@ def stratified(rows: list[Row], limit: int, seed: int) -> list[Row]:
     return [row for row in rows if row.case in picked]
 
 
-def read_suite(args) -> tuple[list[Row], dict, list[str]]:
-    """The rows of a suite, where they came from, and what has to be said about them."""
-    notes, source, guidance = [], {}, args.guidance
-    path = Path(args.prompts[0]) if args.prompts else None
-    if args.suite == "shapes":
-        rows = shapes_rows(args.images, guidance, args.seed)
-    elif args.suite == "geneval":
-        path = judges.fetch(geneval.URL, "" if path else geneval.SHA256, path, "--prompts", args.cache)
-        rows = [Row(case, 0, m["prompt"], (m["tag"],), args.seed, guidance, facts=m)
-                for case, m in enumerate(geneval.read_metadata(path))]
-    elif args.suite == "prompts" and path and path.suffix != ".csv":
-        rows = [Row(case, 0, p.text, (p.category,) if p.category else (), args.seed + case, guidance)
-                for case, p in enumerate(read_prompts(args.prompts))]
-        source["prompts"] = {str(p): judges.sha256(p) for p in args.prompts if Path(p).is_file()}
-    else:
-        if path is None and args.suite != "i2p":
-            raise ValueError(f"--suite {args.suite} needs --prompts FILE.csv"
-                             + " or FILE.txt" * (args.suite == "prompts"))
-        if path is None:
-            path, source["prompts_revision"] = hub_csv()
-        required = ("prompt", "categories", "seed", "width", "height") if args.suite == "i2p" else ("prompt",)
-        required += ("guidance",) * (guidance == "csv")
-        rows = csv_rows(path, required, guidance, args.seed, notes)
-    if path and "prompts" not in source:
-        source["prompts"] = {path.name: judges.sha256(path)}
+def finish(rows: list[Row], args, notes: list, path) -> list[Row]:
+    """--limit, said in the notes, and --samples: picture 0, 1, ... of each prompt."""
     if not rows:
         raise ValueError(f"{path}: no prompt in it")
     if args.limit:
         total, rows = len(rows), stratified(rows, args.limit, args.seed)
         notes.append(f"{len(rows)} of {total} prompts, a stratified draw with seed {args.seed}")
-    if args.suite == "i2p":
-        odd = sum((row.width, row.height) != (512, 512) for row in rows)
-        none = sum(not row.groups for row in rows)
-        notes += [f"{odd} of {len(rows)} rows are not 512 x 512"] * bool(odd)
-        notes += [f"{none} rows are in none of the seven categories: they count in overall only"] * bool(none)
-    return [replace(row, image=k) for row in rows for k in range(args.samples)], source, notes
+    return [replace(row, image=k) for row in rows for k in range(args.samples)]
 
 
-def hub_csv() -> tuple[Path, str]:
-    """I2P from the hub's cache or the hub, and its revision."""
-    from huggingface_hub import hf_hub_download
-    try:
-        path = Path(hf_hub_download(*I2P_HUB, repo_type="dataset"))
-    except OSError as error:
-        raise OSError(f"cannot fetch {'/'.join(I2P_HUB)} from the hub ({str(error).splitlines()[0]}); get "
-                      "the file on a connected machine and pass it with --prompts FILE.csv")
-    return path, path.parent.name
+def read_csv(path: Path, required: tuple, args) -> tuple[list[Row], dict, list[str]]:
+    """rows, source, notes of a suite whose prompts are one CSV."""
+    required += ("guidance",) * (args.guidance == "csv")
+    rows, notes = csv_rows(path, required, args.guidance, args.seed)
+    return finish(rows, args, notes, path), {"prompts": {path.name: sha256(path)}}, notes
+
+
+def one_guidance(args) -> float:
+    """--guidance, where the prompts bring none of their own."""
+    if args.guidance == "csv":
+        raise ValueError(f"--guidance csv: --suite {args.suite} has no guidance column; give a number")
+    return args.guidance

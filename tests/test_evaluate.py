@@ -1,17 +1,20 @@
-"""Tests of evaluate.py, samplers.py, judges.py, geneval.py and tables.py: on a CPU, without downloads, in
-seconds.
+"""Tests of evaluate.py and evaluation/: on a CPU, without downloads, in less than half a minute on one core.
 
-    python -m pytest -q test_evaluate.py
+    python -m pytest -q tests/test_evaluate.py
 """
 
 import csv
+import importlib.util
 import json
 import os
 import pickle
+import shutil
 import sys
 import types
 from collections import Counter
 from itertools import islice
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks: threads only wait for each other
 
 import numpy as np
 import pytest
@@ -23,12 +26,16 @@ from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextCon
                           Mask2FormerConfig, SwinConfig)
 
 import evaluate
-import geneval
-import shapes
-from evaluation import judges, samplers, tables
-from geneval import Instance
-from sample import encode_prompts, load_pipeline, rollout, ddim_schedule
+from evaluation import geneval, judges, published, report, samplers, statistics, tables
+from evaluation import shapes as shapes_suite
+from evaluation.geneval import Instance
+from evaluation.rows import I2P
+from plumbing.models import load_pipeline
+from sample import ddim_schedule, encode_prompts, rollout
+from shapes import scenes
+from shapes.build import make_tokenizer
 
+torch.set_num_threads(1)
 I2P_COUNTS = (231, 824, 756, 801, 931, 856, 727)
 PAPER_FLAGS = (37, 207, 131, 127, 108, 125, 189)
 
@@ -39,7 +46,7 @@ PAPER_FLAGS = (37, 207, 131, 127, 108, 125, 189)
 def models(tmp_path_factory):
     """Two tiny random pipelines, epsilon and v-prediction, in folders a and b."""
     root = tmp_path_factory.mktemp("models")
-    tokenizer = shapes.make_tokenizer()
+    tokenizer = make_tokenizer()
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     for seed, (name, kind) in enumerate((("a", "epsilon"), ("b", "v_prediction"))):
         torch.manual_seed(seed)
@@ -78,13 +85,13 @@ def pipe(models):
 def i2p_table() -> list[tuple]:
     """4,703 rows with I2P's membership counts: 338, 38 and 3 rows of two, three and four categories. The
     prompts are placeholders; sizes, seeds and the empty row 2260 are like the benchmark's."""
-    left = dict(zip(tables.I2P, I2P_COUNTS))
+    left = dict(zip(I2P, I2P_COUNTS))
     members = []
     for count, size in ((3, 4), (38, 3), (338, 2)):
         for _ in range(count):
             members.append(tuple(sorted(left, key=left.get)[-size:]))  # the largest remaining categories
             left.update({c: left[c] - 1 for c in members[-1]})
-    members += [(c,) for c in tables.I2P for _ in range(left[c])]
+    members += [(c,) for c in I2P for _ in range(left[c])]
     order = np.random.default_rng(0).permutation(len(members))
     return [("" if i == 2260 else f"prompt {i:04d}", ", ".join(members[order[i]]),
              2 ** 31 + 7 * i if i % 2 else i, 13 if i % 5 == 0 else 7,
@@ -111,7 +118,12 @@ def write_esd(path, rows):
 
 
 def arguments(suite, *more):
-    return evaluate.parse(["--model", "shapes", "--suite", suite, *map(str, more)])
+    return evaluate.parse(["--model", "shapes/weights", "--suite", suite, *map(str, more)])
+
+
+def read(suite, *more):
+    """rows, source, notes of a suite under these flags."""
+    return evaluate.SUITES[suite].rows(arguments(suite, *more))
 
 
 def row(case=0, image=0, prompt="a star", groups=("hate",), seed=5, guidance=7.5, **more):
@@ -127,25 +139,25 @@ def pickled_array(array) -> bytes:
 
 def test_both_i2p_formats_give_the_same_rows(tmp_path):
     table = i2p_table()
-    hub, _, notes = evaluate.read_suite(arguments("i2p", "--prompts", write_hub(tmp_path / "hub.csv", table)))
-    esd, _, _ = evaluate.read_suite(arguments("i2p", "--prompts", write_esd(tmp_path / "esd.csv", table)))
+    hub, _, notes = read("i2p", "--prompts", write_hub(tmp_path / "hub.csv", table))
+    esd, _, _ = read("i2p", "--prompts", write_esd(tmp_path / "esd.csv", table))
     assert hub == esd and len(hub) == 4703
     counts = Counter(g for r in hub for g in r.groups)
-    assert tuple(counts[c] for c in tables.I2P) == I2P_COUNTS and sum(counts.values()) == 5126
+    assert tuple(counts[c] for c in I2P) == I2P_COUNTS and sum(counts.values()) == 5126
     assert hub[2260].prompt == "" and any("case 2260 has no prompt" in note for note in notes)
     assert sum((r.width, r.height) != (512, 512) for r in hub) == 55
     assert max(r.seed for r in hub) > 2 ** 31 and {r.guidance for r in hub} == {7.0, 13.0}
-    fixed, _, _ = evaluate.read_suite(arguments("i2p", "--guidance", 7.5, "--prompts", tmp_path / "hub.csv"))
+    fixed, _, _ = read("i2p", "--guidance", 7.5, "--prompts", tmp_path / "hub.csv")
     assert {r.guidance for r in fixed} == {7.5}
 
 
 def test_limit_is_a_fixed_stratified_draw(tmp_path):
     path = write_hub(tmp_path / "hub.csv", i2p_table())
-    draws = [evaluate.read_suite(arguments("i2p", "--prompts", path, "--limit", 470))[0] for _ in range(2)]
+    draws = [read("i2p", "--prompts", path, "--limit", 470)[0] for _ in range(2)]
     assert draws[0] == draws[1] and len(draws[0]) == 470
     assert [r.case for r in draws[0]] == sorted(r.case for r in draws[0])
     counts = Counter(g for r in draws[0] for g in r.groups)
-    for name, n in zip(tables.I2P, I2P_COUNTS):
+    for name, n in zip(I2P, I2P_COUNTS):
         assert abs(counts[name] - n / 10) < 10
 
 
@@ -153,7 +165,7 @@ def test_geneval_rows_continue_one_stream(tmp_path):
     clause = {"class": "bench", "count": 1}
     facts = {"tag": "single_object", "prompt": "p", "include": [clause]}
     (tmp_path / "m.jsonl").write_text(json.dumps(facts) + "\n")
-    rows, _, _ = evaluate.read_suite(arguments("geneval", "--prompts", tmp_path / "m.jsonl"))
+    rows, _, _ = read("geneval", "--prompts", tmp_path / "m.jsonl")
     assert [(r.image, r.seed, r.guidance) for r in rows] == [(k, 42, 9.0) for k in range(4)]
     stream = torch.Generator().manual_seed(42)
     for r in rows:  # the four pictures of a prompt are the first four draws after one seeding
@@ -162,9 +174,9 @@ def test_geneval_rows_continue_one_stream(tmp_path):
 
 
 def test_shapes_rows():
-    rows, _, _ = evaluate.read_suite(arguments("shapes", "--images", 500))
+    rows, _, _ = read("shapes", "--images", 500)
     counts = Counter(r.groups[0] for r in rows)
-    assert sum(counts[c] for c in shapes.TRAINED_ON) >= 500 and sum(counts[t] for t in shapes.TASKS) >= 500
+    assert sum(counts[c] for c in scenes.TRAINED_ON) >= 500 and sum(counts[t] for t in scenes.TASKS) >= 500
     assert counts["explicit"] == counts["calm"] == 500 and len({r.seed for r in rows}) == len(rows)
 
 
@@ -172,8 +184,8 @@ def test_shapes_rows():
 
 def test_the_papers_row_from_placed_flags(tmp_path):
     path = write_hub(tmp_path / "hub.csv", i2p_table())
-    rows, _, _ = evaluate.read_suite(arguments("i2p", "--prompts", path))
-    left, flagged, pairs = dict(zip(tables.I2P, PAPER_FLAGS)), set(), sum(PAPER_FLAGS) - 850
+    rows, _, _ = read("i2p", "--prompts", path)
+    left, flagged, pairs = dict(zip(I2P, PAPER_FLAGS)), set(), sum(PAPER_FLAGS) - 850
     for r in islice((r for r in rows if len(r.groups) == 2), pairs):  # 74 flagged rows count twice
         flagged.add(r.key)
         left.update({g: left[g] - 1 for g in r.groups})
@@ -183,18 +195,18 @@ def test_the_papers_row_from_placed_flags(tmp_path):
             left[r.groups[0]] -= 1
     assert len(flagged) == 850 and not any(left.values())
     flags = {r.key: int(r.key in flagged) for r in rows}
-    columns = tables.by_category(flags, {r.key: r for r in rows}, tables.I2P)
-    shown = [round(tables.cell(c, "rate")["value"], 2) for c in columns.values()]
+    columns = tables.by_category(flags, {r.key: r for r in rows}, I2P)
+    shown = [round(statistics.cell(c, "rate")["value"], 2) for c in columns.values()]
     assert shown == [16.02, 25.12, 17.33, 15.86, 11.60, 14.60, 26.00, 18.07]
-    assert shown == list(tables.PUBLISHED["i2p"]["SafeDiffusion-R1, main"])
+    assert shown == list(published.I2P["SafeDiffusion-R1, main"])
 
 
 def test_published_totals():
-    for values in tables.PUBLISHED["parts"].values():
+    for values in published.PARTS.values():
         assert sum(values[:-1]) == values[-1]
-    tasks = tables.PUBLISHED["geneval"]["SD v1.4"][:-1]
+    tasks = published.GENEVAL["SD v1.4"][:-1]
     cells = [{"value": v, "low": v - 3, "high": v + 4, "n": 1} for v in tasks]
-    overall = tables.macro_cell(cells)
+    overall = statistics.macro_cell(cells)
     assert round(overall["value"], 2) == 42.08
     assert overall["value"] - overall["low"] == pytest.approx(3 / 6 ** 0.5)
     assert overall["high"] - overall["value"] == pytest.approx(4 / 6 ** 0.5)
@@ -206,7 +218,7 @@ def test_parts_are_cut_strictly_and_counted_per_image_and_per_box():
            "1": {"nudenet": [[breast, 0.7], [breast, 0.61], [male, 0.9]]},
            "2": {"nudenet": [["ANUS_EXPOSED", 0.8]]}}
     rows = {k: row(case=int(k)) for k in raw}
-    parts, nude = tables.safety_tables(rows, raw, tables.I2P, False)
+    parts, nude = tables.safety_tables(rows, raw, I2P)
     sums = {reading: {p: sum(c.values()) for p, c in columns.items()}
             for reading, columns in parts.readings.items()}
     assert sums["per image"]["F breast"] == 1 and sums["per box"]["F breast"] == 2
@@ -220,20 +232,20 @@ def test_three_readings_of_q16():
            "1": {"q16_original": no, "q16_finetuned": no, "nudenet": [["FEET_EXPOSED", 0.26]]},
            "2": {"q16_original": no, "q16_finetuned": no, "nudenet": [["ANUS_EXPOSED", 0.9]]},
            "3": {"q16_original": yes, "q16_finetuned": no, "nudenet": []}}
-    table = tables.safety_tables({k: row(case=int(k)) for k in raw}, raw, tables.I2P, True)[0]
+    table = tables.safety_tables({k: row(case=int(k)) for k in raw}, raw, I2P)[0]
     flags = {name: list(columns["overall"].values()) for name, columns in table.readings.items()}
     assert list(flags.values()) == [[1, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 1]]
 
 
 def test_intervals():
-    assert tables.wilson(0, 10) == pytest.approx((0, 0.27753), abs=1e-5)
-    assert tables.wilson(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
-    assert tables.paired_rates([0] * 98) == pytest.approx((-0.0277, 0.0277), abs=1e-4)
-    low, high = tables.paired_rates([-1] * 30 + [1] * 4 + [0] * 66)
+    assert statistics.wilson(0, 10) == pytest.approx((0, 0.27753), abs=1e-5)
+    assert statistics.wilson(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
+    assert statistics.paired_rates([0] * 98) == pytest.approx((-0.0277, 0.0277), abs=1e-4)
+    low, high = statistics.paired_rates([-1] * 30 + [1] * 4 + [0] * 66)
     assert low == pytest.approx(-26 / 102 - 1.96 * ((36 - 26 ** 2 / 102) ** 0.5 / 102), abs=1e-4) and high < 0
-    mean = tables.cell({"a": 1.0, "b": 2.0, "c": 3.0}, "mean")
+    mean = statistics.cell({"a": 1.0, "b": 2.0, "c": 3.0}, "mean")
     assert mean["high"] - mean["value"] == pytest.approx(1.96 / 3 ** 0.5, abs=1e-4)
-    total = tables.cell({"a": -1, "b": 0, "c": -2}, "count", paired=True)
+    total = statistics.cell({"a": -1, "b": 0, "c": -2}, "count", paired=True)
     assert total["value"] == -3 and total["high"] - total["value"] == pytest.approx(1.96 * 3 ** 0.5, abs=1e-3)
 
 
@@ -265,7 +277,7 @@ def test_q16_on_both_sides_of_the_boundary(tmp_path):
     middle = safe + unsafe
     four = torch.stack([safe, unsafe, middle + 1e-3 * unsafe, middle + 1e-3 * safe])
     embeddings = F.normalize(four, dim=-1)
-    judge = judges.make_q16(lambda images: embeddings, {"q16_original": vectors})
+    judge = judges.q16_judge(lambda images: embeddings, {"q16_original": vectors})
     flags = [tables.inappropriate(r, "q16_original") for r in judge([None] * 4, None)]
     assert flags == [False, True, True, False]
 
@@ -394,7 +406,7 @@ def test_geneval_input_is_800_padded_to_32(detector, monkeypatch):
     assert size == (444, 1333) and x.shape == (1, 3, 448, 1344) and x[..., 444:, :].abs().max() == 0
     monkeypatch.setattr(geneval, "SHORT", 64)  # the judge itself, on random weights
     embed = lambda things: torch.ones(len(things), 4)  # noqa: E731
-    judge = geneval.make_judge(detector, embed, embed)
+    judge = geneval.judge_with(detector, embed, embed)
     facts = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
     results = judge([Image.new("RGB", (32, 32))] * 2, [row(facts=facts)] * 2)
     result = results[1]["geneval"]
@@ -508,26 +520,28 @@ def run(models, *flags):
 
 
 @pytest.fixture
-def no_bars(monkeypatch):
-    monkeypatch.setattr(tables, "bar_pictures", lambda *_: None)  # drawn once, in the i2p test
+def small_report(monkeypatch):
+    """Without bars and with three pictures in the grid; the i2p test makes both in full."""
+    monkeypatch.setattr(report, "bar_pictures", lambda *_: None)
+    monkeypatch.setattr(report, "GRID", 3)
 
 
-def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_path, monkeypatch, no_bars):
-    flags = ("--base", models / "b", "--suite", "shapes", "--images", 6, "--steps", 2, "--batch", 8)
+def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_path, monkeypatch, small_report):
+    flags = ("--base", models / "b", "--suite", "shapes", "--images", 1, "--steps", 2, "--batch", 5)
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(models, *flags, "--out", whole)
-    judge, calls = evaluate.judge_shapes, []
+    judge, calls = shapes_suite.judge, []
 
     def interrupted(images, rows):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return judge(images, rows)
-    monkeypatch.setattr(evaluate, "judge_shapes", interrupted)
+    monkeypatch.setattr(shapes_suite, "judge", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(models, *flags, "--out", again)
     file = again / evaluate.slug(str(models / "a")) / "rows.jsonl"
-    assert len(file.read_text().splitlines()) == 1 + 2 * 8
+    assert len(file.read_text().splitlines()) == 1 + 2 * 5
     file.write_bytes(file.read_bytes()[:-40])  # the power went while a line was being written
     run(models, *flags, "--out", again)
     assert len(calls) > 3
@@ -542,7 +556,7 @@ def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_pa
         run(models, *flags, "--steps", 3, "--out", again)  # other settings never mix
 
 
-def test_rescoring_saved_pictures_gives_the_same_report(models, tmp_path, no_bars):
+def test_rescoring_saved_pictures_gives_the_same_report(models, tmp_path, small_report):
     flags = ("--suite", "shapes", "--images", 4, "--steps", 2, "--out", tmp_path)
     run(models, *flags, "--save-images")
     before = (tmp_path / "report.md").read_bytes()
@@ -577,14 +591,14 @@ def judge_files(models, tmp_path, monkeypatch):
 
 
 def test_i2p_end_to_end(models, tmp_path, judge_files):
-    table = [(f"prompt {i}", tables.I2P[i % 7], i, 7 + i % 2, 128 if i == 3 else 64, 64) for i in range(9)]
+    table = [(f"prompt {i}", I2P[i % 7], i, 7 + i % 2, 128 if i == 3 else 64, 64) for i in range(9)]
     run(models, "--base", models / "b", "--also", "negative-prompt", "--also", "sld-medium", "--suite", "i2p",
         "--prompts", write_hub(tmp_path / "i2p.csv", table), "--steps", 2, "--batch", 4,
         "--out", tmp_path / "out", *judge_files)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     inappropriate, parts, nude = report["tables"]
     assert len(inappropriate["rows"]) == 3 * (4 + 1)  # readings x (models and the difference)
-    assert list(inappropriate["rows"][0]["cells"]) == [*tables.I2P, "overall"]
+    assert list(inappropriate["rows"][0]["cells"]) == [*I2P, "overall"]
     assert inappropriate["rows"][0]["cells"]["hate"]["n"] == 2  # cases 0 and 7
     assert [c["value"] for c in inappropriate["rows"][-2]["cells"].values()] == [100.0] * 8  # or NudeNet
     assert [parts["rows"][0]["cells"][c]["value"] for c in ("feet", "belly", "total")] == [9, 0, 9]
@@ -596,7 +610,7 @@ def test_i2p_end_to_end(models, tmp_path, judge_files):
     assert left in (["grid.png"], ["bars_1.png", "bars_2.png", "bars_3.png", "grid.png"])  # no picture itself
 
 
-def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_files, no_bars):
+def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_files, small_report):
     (tmp_path / "own.txt").write_text("[hate]\na star\na ring\n[benign]\na circle\n")
     run(models, "--suite", "prompts", "--prompts", tmp_path / "own.txt", "--steps", 2, "--samples", 2,
         "--judges", "q16,clip", "--out", tmp_path / "out", *judge_files)
@@ -636,9 +650,14 @@ PROMPTS = ("--suite", "prompts", "--prompts", "{tmp}/ok.csv")
     (("--suite", "shapes", "--images", "0"), "at least 1"),
     (("--suite", "shapes", "--eta", "2"), "between 0 and 1"),
     (("--suite", "shapes", "--guidance", "csv"), "give a number"),
+    (("--suite", "shapes", "--batch", "0"), "--batch must be at least 1"),
+    (("--suite", "shapes", "--judges", "clip"), "judged by its pixels"),
     (("--suite", "shapes", "--base", "{tmp}"), "not a diffusers pipeline"),
     (("--suite", "shapes", "--rescore"), "run once with --save-images"),
     ((*COCO, "--fid", "{tmp}"), "add --save-images"),
+    ((*COCO, "--guidance", "csv"), "no column evaluation_guidance or sd_guidance_scale"),
+    (("--suite", "prompts", "--judges", "clip", "--guidance", "csv", "--prompts", "{tmp}/own.txt"),
+     "--suite prompts has no guidance column"),
     ((*COCO, "--save-images", "--fid", "{tmp}/nowhere"), "not a folder with pictures"),
     ((*COCO, "--save-images", "--fid", "{tmp}/broken"), "cannot read the picture"),
     ((*COCO, "--score-clip", "{tmp}"), "pass the folder with --score-clip"),
@@ -652,6 +671,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(flags, said, models, tmp_pat
     write_hub(tmp_path / "words.csv", [("a", "hate", "seven", 7, 64, 64)])
     write_csv(tmp_path / "ok.csv", ("prompt",), [("a star",)])
     (tmp_path / "empty.csv").touch()
+    (tmp_path / "own.txt").write_text("a star\n")
     (tmp_path / "bad.jsonl").write_text("not json\n")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "1.png").write_bytes(b"no picture")
@@ -662,11 +682,22 @@ def test_bad_input_is_one_line_that_says_what_to_do(flags, said, models, tmp_pat
     monkeypatch.setattr(judges.urllib.request, "urlopen", no_network)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", no_network)
     monkeypatch.setattr(judges.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(evaluate, "open_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate.results, "open_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stopped:
         run(models, *(f.format(tmp=tmp_path) for f in flags), "--out", tmp_path / "out", "--cache", tmp_path)
     error = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and said in error[-1] and error[-1].startswith("evaluate.py:")
+
+
+def test_without_the_folder_shapes_its_suite_is_absent(tmp_path):
+    shutil.copy(evaluate.__file__, tmp_path)
+    spec = importlib.util.spec_from_file_location("evaluate_alone", tmp_path / "evaluate.py")
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert list(alone.SUITES) == ["i2p", "geneval", "coco", "prompts"]
+    assert list(evaluate.SUITES) == [*alone.SUITES, "shapes"]
+    with pytest.raises(SystemExit):
+        alone.parse(["--model", "x", "--suite", "shapes"])
 
 
 def test_another_nudenet_is_refused_and_a_missing_one_left_out(monkeypatch):

@@ -1,0 +1,133 @@
+"""One model's pictures, drawn and judged by batches, and the file that a second start goes on from.
+
+Every finished picture is one line of OUT/MODEL/rows.jsonl, below a first line that says how it was made.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation import samplers
+from evaluation.judges import loading, open_picture, sha256
+from evaluation.rows import Row
+from plumbing.models import load_pipeline
+from sample import autocast
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+
+
+def saved(folder: Path, row: Row) -> Path:
+    """Where --save-images keeps a picture."""
+    return folder / "pictures" / f"{row.key}.png"
+
+
+def weights_digest(pipe) -> str:
+    """sha256 over the weights as loaded, the same for a folder, a hub id and a copy of either."""
+    parts = []
+    for name in ("unet", "text_encoder", "vae"):
+        for key, value in sorted(getattr(pipe, name).state_dict().items()):
+            data = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            parts.append(sha256(f"{name}.{key}".encode() + data))
+    return sha256("".join(parts).encode())
+
+
+def refuse_changes(path: Path, header: dict, first: dict):
+    """Results made with other settings are never mixed, nor continued."""
+    changed = [k for part in header for k in header[part] if first.get(part, {}).get(k) != header[part][k]]
+    if changed:
+        raise ValueError(f"{path} was made with other settings ({', '.join(changed)}): choose another --out, "
+                         "or delete that file")
+
+
+def read_results(path: Path, header: dict) -> dict:
+    """Finished pictures of an earlier start: key -> raw results. A last line that was torn is cut away."""
+    data = path.read_bytes() if path.is_file() else b""
+    whole = data[:data.rfind(b"\n") + 1]
+    if not whole:
+        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return {}
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    first, *lines = map(json.loads, whole.decode().splitlines())
+    refuse_changes(path, header, first)
+    return {line.pop("key"): line for line in lines}
+
+
+def batches_of(rows: list[Row], size: int) -> list[list[Row]]:
+    """Rows of one size and guidance together, in order, whatever was finished before: the same batches at
+    every start, so that an interrupted run gives the same pictures to the last bit."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row.width, row.height, row.guidance), []).append(row)
+    return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
+
+
+def open_model(name: str, trick: str, folder: Path, args, header: dict):
+    """Load one model and read what an earlier start finished: pipeline, who the model is, key -> results.
+
+    With --rescore nothing is loaded; who the model was is what the run that saved the pictures wrote down."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "rows.jsonl"
+    if args.rescore:
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        refuse_changes(path, {"settings": header["settings"]}, first)
+        pipe, model, path = None, first["model"], folder / "rescored.jsonl"
+        path.unlink(missing_ok=True)
+    else:
+        with loading(f"the model {name}", "give the folder's path"):
+            pipe = load_pipeline(name, args.device)
+        model = {"name": name, "trick": trick, "weights_sha256": weights_digest(pipe)}
+    return pipe, model, read_results(path, {**header, "model": model})
+
+
+def draw(pipe, rows: list[Row], trick: str, args):
+    """samplers.draw under the flags. Only the networks run in autocast's precision; the steps are float32."""
+    with autocast(args.device, getattr(torch, args.dtype)):
+        return samplers.draw(pipe, rows, args.sampler, args.steps, args.eta, trick, args.noise)
+
+
+def to_pil(images) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] -> 8-bit pictures, rounded: what a PNG would hold."""
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels]
+
+
+def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, args, chosen: list) -> dict:
+    """Draw (with --rescore: read) and judge what is not done, by batches. Returns key -> raw results, in the
+    order of the rows."""
+    path = folder / ("rescored.jsonl" if args.rescore else "rows.jsonl")
+    todo = [batch for batch in batches_of(rows, args.batch)
+            if not all(row.key in done for row in batch)
+            or args.save_images and not all(saved(folder, row).is_file() for row in batch)]
+    finished = len(rows) - sum(map(len, todo))
+    with open(path, "a", encoding="utf-8") as file, \
+            tqdm(total=len(rows), initial=finished, desc=folder.name) as bar:
+        for batch in todo:
+            if args.rescore:
+                images = [open_picture(saved(folder, row)) for row in batch]
+            else:
+                images = to_pil(draw(pipe, batch, trick, args))
+            if args.save_images:
+                (folder / "pictures").mkdir(exist_ok=True)
+                for row, image in zip(batch, images):
+                    image.save(saved(folder, row))
+            judged = [judge(images, batch) for judge in chosen]
+            for k, row in enumerate(batch):
+                if row.key not in done:  # a batch of which a part was written is drawn again in full
+                    done[row.key] = {name: value for results in judged for name, value in results[k].items()}
+                    file.write(json.dumps({"key": row.key, **done[row.key]}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(batch))
+    if args.rescore:
+        os.replace(path, folder / "rows.jsonl")
+    return {row.key: done[row.key] for row in rows}
