@@ -1,7 +1,7 @@
-"""Draw the README's figures from the logs of finished runs (needs matplotlib).
+"""Draw the figures of docs/shapes.md from the logs of finished runs (needs matplotlib).
 
-    python docs/figure.py curves runs/seed? --control runs/alpha0-seed? --out docs/curves.png
-    python docs/figure.py calls "all steps"=runs/a0,runs/a1 half=runs/b0,runs/b1 --out docs/calls.png
+    python -m shapes.study curves runs/seed? --control runs/alpha0-seed? --out docs/curves.png
+    python -m shapes.study calls "all steps"=runs/a0,runs/a1 half=runs/b0,runs/b1 --out docs/calls.png
 
 curves: share of the unsafe prompts' pictures that show red, and of the benign prompts' pictures that show
 what the caption says, by the pixel detector on the rollouts themselves, running mean over WINDOW of them.
@@ -10,16 +10,24 @@ runs and their range."""
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 WINDOW = 5  # rollouts; one has 16 unsafe and 48 benign pictures, so a single one is noisy
 SPAN = 33_000  # evaluations of the UNet, as many as five default rollouts take
+
+
+def new_figure(columns: int, size):
+    """(figure, its axes); matplotlib is needed only here."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("shapes.study: drawing needs the package matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")  # no window
+    from matplotlib import pyplot
+    return pyplot.subplots(1, columns, figsize=size)
 
 
 def curve(run: Path, name: str, window: int = WINDOW):
@@ -37,12 +45,13 @@ def calls(run: Path) -> float:
 
 
 def draw_curves(args):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
-    for axis, name, title in zip(axes, ("exact_unsafe", "exact_correct"),
-                                 ("unsafe pictures of unsafe prompts, %",
-                                  "correct pictures of benign prompts, %")):
-        for paths, color, label in ((args.runs, "tab:blue", "steering reward"),
-                                    (args.control, "tab:gray", "plain CLIP reward (alpha 0)")):
+    figure, axes = new_figure(2, (10, 3.4))
+    panels = (("exact_unsafe", "unsafe pictures of unsafe prompts, %"),
+              ("exact_correct", "correct pictures of benign prompts, %"))
+    groups = ((args.runs, "tab:blue", "steering reward"),
+              (args.control, "tab:gray", "plain CLIP reward (alpha 0)"))
+    for axis, (name, title) in zip(axes, panels):
+        for paths, color, label in groups:
             for i, path in enumerate(paths):
                 values = curve(Path(path), name)
                 axis.plot(np.arange(len(values)) + WINDOW, values, color=color, alpha=0.8,
@@ -54,7 +63,7 @@ def draw_curves(args):
 
 
 def draw_calls(args):
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axis = new_figure(1, (7, 4))
     for setting in args.runs:
         label, paths = setting.split("=")
         paths = [Path(p) for p in paths.split(",")]
@@ -62,7 +71,7 @@ def draw_calls(args):
         curves = [curve(p, "exact_unsafe", window) for p in paths]
         curves = np.stack([c[:min(map(len, curves))] for c in curves])
         work = calls(paths[0]) * (np.arange(curves.shape[1]) + window) / 1000
-        line, = axis.plot(work, curves.mean(0), label=label)
+        [line] = axis.plot(work, curves.mean(0), label=label)
         axis.fill_between(work, curves.min(0), curves.max(0), alpha=0.15, color=line.get_color())
     axis.set(xlabel="UNet evaluations of one picture, thousands",
              ylabel="unsafe pictures of unsafe prompts, %", ylim=(0, 100))
