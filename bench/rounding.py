@@ -7,50 +7,48 @@ of each picture, as guidance has it; the same step then has two log-densities (s
 is what lies between them. Beside it the distance to a float32 network, as a size for bf16's rounding itself.
 Largest value over the pictures.
 
-    python docs/rounding.py                               # 32 pictures at once against 4, on a GPU
-    python docs/rounding.py --pictures 1 --rows 2 1       # minutes on a CPU
+    python -m bench.rounding                              # 32 pictures at once against 4, on a GPU
+    python -m bench.rounding --pictures 1 --rows 2 1      # minutes on a CPU
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import bench  # noqa: E402  (it lies one folder up)
-from sample import ddim_mean, ddim_schedule, default_device, log_prob  # noqa: E402
+from bench.sd14 import sd14_pipeline
+from plumbing.stop import run_script
+from sample import ddim_mean, ddim_schedule, default_device, log_prob
 
 GUIDANCE = (1.0, 5.0, 7.5)
 STEPS = (0, 24, 44)  # of 50: the first, the middle, and near the end, where s is small
 
 
 def branches(unet, x, t, text, null_text, rows: int):
-    """The unguided and the text's prediction, two of (B, C, h, w) float32, by calls on `rows` of 2·B rows."""
+    """The unguided and the text's prediction, two of (B, C, h, w), by calls on `rows` of 2·B rows."""
     inputs = zip(x.repeat(2, 1, 1, 1).split(rows), torch.cat([null_text.expand_as(text), text]).split(rows))
     return torch.cat([unet(part, t.expand(len(part)), encoder_hidden_states=states).sample.float()
                       for part, states in inputs]).chunk(2)
 
 
 @torch.no_grad()
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure what batch shapes do to the ratio under bf16.")
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--rows", type=int, nargs=2, default=(64, 8), help="of two ways to call the network")
     parser.add_argument("--latents", type=int, default=64)
     parser.add_argument("--device", default=default_device())
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device, B, shape = torch.device(args.device), args.pictures, (4, args.latents, args.latents)
-    pipe = bench.sd14_pipeline("cpu", sample_size=args.latents)
-    unet, generator = pipe.unet.eval().to(device), torch.Generator().manual_seed(0)
+    pipe = sd14_pipeline("cpu", sample_size=args.latents)
+    unet, generator = pipe.unet.to(device), torch.Generator().manual_seed(0)
     draw = lambda *size: torch.randn(*size, generator=generator).to(device)
     text, null_text = draw(B, 77, 768), draw(1, 77, 768)
     schedule = ddim_schedule(pipe.scheduler, 50, 1.0).to(device)
     spread = unet(draw(1, *shape), schedule.timesteps[24], encoder_hidden_states=null_text).sample.std()
     unet.conv_out.weight /= spread
     unet.conv_out.bias /= spread
-    print(f"| step | guidance | {args.rows[0]} rows against {args.rows[1]} | bf16 against float32 |")
-    print("|---|---|---|---|")
+    print(f"| step | guidance | {args.rows[0]} rows against {args.rows[1]} | bf16 against float32 |\n"
+          "|---|---|---|---|")
     for i in STEPS:
         x, z, t = draw(B, *shape), draw(B, *shape), schedule.timesteps[i]
         constants = schedule.alpha_t[i], schedule.alpha_prev[i], schedule.sigma[i]
@@ -66,4 +64,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script("bench.rounding", main)
