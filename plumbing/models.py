@@ -111,13 +111,13 @@ def check_clip(clip: str):
                          "whose text and image towers project into one space")
     if folder is None:
         return config
-    shapes = {}
+    sizes = {}
     for file in check_weights(folder, "--clip: "):
         with safe_open(file, "pt") as weights:
-            shapes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}
+            sizes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}
     for part in ("text_projection.weight", "visual_projection.weight"):
-        if shapes.get(part, [0])[0] != config.projection_dim:
-            raise ValueError(f"--clip {clip}: its {part} is {shapes.get(part, 'absent')}, but the "
+        if sizes.get(part, [0])[0] != config.projection_dim:
+            raise ValueError(f"--clip {clip}: its {part} is {sizes.get(part, 'absent')}, but the "
                              f"configuration says {config.projection_dim} dimensions; the reward needs both "
                              "towers to project into those")
     return config

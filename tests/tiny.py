@@ -1,0 +1,95 @@
+"""Random networks, tiny and made in memory, and what train.update needs around them: the ground that the
+method's tests stand on."""
+
+import string
+from types import SimpleNamespace
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel,
+                          CLIPTokenizer)
+
+import sample
+import train
+from reward import Prompt
+
+torch.set_num_threads(1)  # so that a test alone rounds as it does in the whole suite
+TOWER = dict(intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5)
+TEXT = dict(TOWER, hidden_size=12, vocab_size=54, max_position_embeddings=12, bos_token_id=52,
+            eos_token_id=53, pad_token_id=53)
+
+
+def scheduler(prediction_type="epsilon", spacing="leading"):
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                         set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
+                         timestep_spacing=spacing)
+
+
+def tiny_unet(seed=0):
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=12,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4).eval()
+
+
+def tokenizer():
+    """CLIP's byte-pair tokenizer without merges: one token a letter."""
+    letters = list(string.ascii_lowercase)
+    vocab = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: i for i, token in enumerate(vocab)}, [], model_max_length=12)
+
+
+def tiny_clip():
+    """A random CLIPModel, its tokenizer and its image processor, as load_clip returns them."""
+    torch.manual_seed(0)
+    vision = dict(TOWER, hidden_size=16, image_size=12, patch_size=4)
+    model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=8)).eval()
+    return model, tokenizer(), CLIPImageProcessor(size={"shortest_edge": 14}, crop_size=12)
+
+
+def tiny_pipe():
+    """A random StableDiffusionPipeline with pictures of 16 x 16."""
+    unet = tiny_unet()
+    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+                        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16)
+    text = CLIPTextModel(CLIPTextConfig(**TEXT))
+    return StableDiffusionPipeline(vae.eval(), text.eval(), tokenizer(), unet, scheduler(), None, None,
+                                   requires_safety_checker=False)
+
+
+def args_for(**changes):
+    """The flags that the epoch's functions read, small."""
+    flags = dict(steps=6, skip_last=2, timestep_fraction=1.0, updates=1, micro_batch=8, sample_batch=4,
+                 group=3, guidance=3.0, clip_range=1e-3, kl=0.1, max_grad_norm=1e9, seed=0)
+    return SimpleNamespace(**flags | changes)
+
+
+def parts_for(unet, base, lr=0.0, dtype=torch.float32, pipe=None):
+    """train.Parts around a tiny UNet, with plain gradient descent; at lr = 0 no weight moves."""
+    return train.Parts(
+        device=torch.device("cpu"), dtype=dtype, schedule=sample.ddim_schedule(scheduler(), 6, 1.0),
+        pipe=pipe or SimpleNamespace(scheduler=scheduler()), policy=unet, base=base, latent_shape=(4, 8, 8),
+        optimizer=torch.optim.SGD(unet.parameters(), lr=lr), reward=None, is_unsafe={}, unsafe=[], benign=[])
+
+
+def rollout_for(unet, images=6, **more):
+    """A rollout on random text, with advantages of both signs, as train.update takes it."""
+    generator = torch.Generator().manual_seed(3)
+    text, null = torch.randn(images, 5, 12, generator=generator), torch.randn(1, 5, 12, generator=generator)
+    streams = [sample.image_generator(0, i) for i in range(images)]
+    schedule = sample.ddim_schedule(scheduler(), 6, 1.0)
+    batch = sample.rollout(unet, schedule, text, null, 3.0, streams, (4, 8, 8),
+                           **dict(batch_size=images) | more)
+    batch.prompts, batch.advantages = [Prompt("p")] * images, torch.linspace(-1.5, 2, images)
+    return batch
+
+
+def gradient(unet):
+    return torch.cat([p.grad.flatten() for p in unet.parameters()])
+
+
+def updated(unet, base, batch, dtype=torch.float32, **flags):
+    """Statistics and gradient of train.update at a learning rate of zero."""
+    stats = train.update(parts_for(unet, base, dtype=dtype), batch, args_for(**flags), 0)
+    return stats, gradient(unet)
