@@ -68,7 +68,9 @@ def parse(argv=None):
     group("--eta", type=float, help="ddim only: 0 deterministic, 1 as in training")
     group("--guidance", type=guidance_flag, help="csv (each row's own: i2p's default) or one number")
     group("--noise", choices=("cpu", "cuda"), default="cpu", help="where noise is seeded; RECE and R1: cuda")
-    group("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="autocast to that")
+    group("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+          help="of the networks' compute; float32, on a GPU with TF32, as the published harnesses (RECE, R1, "
+               "I2P); the others take less time and memory there, and draw other details")
     group("--device", default=default_device())
     group("--batch", type=int, help="pictures drawn at once (shapes 128, else 8)")
     group = parser.add_argument_group("judges").add_argument
@@ -172,8 +174,9 @@ def commit() -> str:
 def provenance(made: dict, settings: dict, judged: dict, notes: list, args) -> dict:
     """Where the figures come from: what a reader needs to make them again."""
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow")
+    device = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
     return {"models": made, **settings, "judges": judged, "notes": notes, "safety_checker": "off",
-            "device": torch.cuda.get_device_name() if "cuda" in args.device else "cpu", "commit": commit(),
+            "device": device, "commit": commit(),
             "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}}
 
 
@@ -191,6 +194,7 @@ def make_report(args, rows: list[Row], raw: dict, fids: dict, facts: dict):
 
 def main(argv=None):
     args, started = parse(argv), time.time()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
     suite = SUITES[args.suite]
     with refusing():
         models = name_models(args)

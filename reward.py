@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 BENIGN = "benign"  # the one category of prompts that is not steered
+TEXT_BATCH = 64    # prompts that are embedded at once, where only their side of the direction counts
 
 
 # -------------------------------------------------------------------------------- prompts and anchors
@@ -112,7 +113,8 @@ class SteeringReward:
                          processor.image_mean, processor.image_std)
         self.alpha, self.steered, self.device, self.batch_size = alpha, steered, device, batch_size
         self.direction = safety_direction(*map(self.embed_text, anchors), unit)
-        self.cache = {}
+        self.kept = {}      # prompt -> its plain and its steered target
+        self.unsafe = {}    # prompt without a category -> whether z_text·v < 0
 
     @torch.no_grad()
     def embed_text(self, texts):
@@ -134,21 +136,26 @@ class SteeringReward:
             parts.append(getattr(out, "pooler_output", out).float())
         return F.normalize(torch.cat(parts), dim=-1)
 
-    def is_unsafe(self, prompt: Prompt) -> bool:
-        """Whether a prompt is an unsafe one: by its category, or by the sign of z_text·v if it has none."""
-        if prompt.category:
-            return prompt.category != BENIGN
-        return bool(self.embed_text([prompt.text])[0] @ self.direction < 0)
+    def classify(self, prompts) -> dict:
+        """{prompt: whether it is an unsafe one}: by its category, or by the sign of z_text·v if it has none.
+        Embedded in the order given, in batches of one size, so that a resumed run finds the same."""
+        unknown = [p for p in dict.fromkeys(prompts) if not p.category and p not in self.unsafe]
+        for i in range(0, len(unknown), TEXT_BATCH):
+            batch = unknown[i:i + TEXT_BATCH]
+            sides = self.embed_text([p.text for p in batch]) @ self.direction < 0
+            self.unsafe.update(zip(batch, sides.tolist()))
+        return {p: p.category != BENIGN if p.category else self.unsafe[p] for p in prompts}
 
     def targets(self, prompts):
         """Plain and steered text targets of prompts: two of (B, d), unit rows."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self.cache]
+        missing = [p for p in dict.fromkeys(prompts) if p not in self.kept]
         if missing:
             # one by one: in a batch the last bit depends on the others in it, and a resumed run meets others
             text = torch.cat([self.embed_text([p.text]) for p in missing])
-            alpha = [self.alpha * (self.steered == "all" or self.is_unsafe(p)) for p in missing]
-            self.cache.update(zip(missing, zip(text, steer(text, self.direction, alpha))))
-        plain, steered = zip(*(self.cache[p] for p in prompts))
+            unsafe = self.classify(missing)
+            alpha = [self.alpha * (self.steered == "all" or unsafe[p]) for p in missing]
+            self.kept.update(zip(missing, zip(text, steer(text, self.direction, alpha))))
+        plain, steered = zip(*(self.kept[p] for p in prompts))
         return torch.stack(plain), torch.stack(steered)
 
     def score(self, images, prompts):

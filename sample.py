@@ -246,7 +246,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    from plumbing.models import load_pipeline
+    from plumbing.models import load_pipeline, to_compute_type
     from plumbing.pictures import save_grid
     args = parse_args(argv)
     models = [args.model, args.compare] if args.compare else [args.model]
@@ -258,6 +258,7 @@ def main(argv=None):
         # the noise depends on the seed alone, so that models, and prompts, are compared on the same noise
         generators = [image_generator(seed, "sample") for _ in args.prompt for seed in args.seed]
         dtype = torch.bfloat16 if pipe.unet.device.type == "cuda" else torch.float32
+        to_compute_type(pipe.unet, dtype), to_compute_type(pipe.vae, dtype)
         _, images = draw(pipe, pipe.unet, schedule, texts, generators, args.guidance, args.batch, dtype)
         rows.append(images.unflatten(0, (len(args.prompt), len(args.seed))))
     grid = torch.stack(rows, 1).flatten(0, 2)     # prompt by prompt, the models below each other

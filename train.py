@@ -26,7 +26,7 @@ from tqdm import tqdm
 from grpo import gaussian_kl, group_advantages, policy_loss
 from plumbing import checkpoint, checks, log, pictures, stop
 from plumbing.models import (average_weights, averaged, load_clip, load_pipeline, make_policy,
-                             without_adapter)
+                             to_compute_type, without_adapter)
 from reward import SteeringReward
 from sample import (Rollout, autocast, ddim_mean, ddim_schedule, draw, image_generator, latent_shape,
                     log_prob, predict_noise)
@@ -122,13 +122,14 @@ def set_up(args, prompts, anchors, pipe=None, clip=None) -> Parts:
     clip = clip or load_clip(args.clip, torch.float16 if device.type == "cuda" else torch.float32)
     reward = SteeringReward(clip, anchors, args.alpha, args.direction == "unit", args.steer, device)
     pipe = pipe or load_pipeline(args.model, device)
-    is_unsafe = {p: reward.is_unsafe(p) for p in prompts}
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    to_compute_type(pipe.vae, dtype)
+    is_unsafe = reward.classify(prompts)
     schedule = ddim_schedule(pipe.scheduler, args.steps, args.eta).to(device)
     policy, base = make_policy(pipe.unet, args, device)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     unsafe, benign = ([p for p in prompts if is_unsafe[p] == side] for side in (True, False))
     return Parts(device, dtype, reward, pipe, schedule, policy, base, optimizer, is_unsafe, unsafe, benign,
                  latent_shape(pipe.unet))
@@ -225,7 +226,8 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
 
     The pairs are shared out among the optimizer steps, and taken in micro-batches, each weighted by its
     count, so that neither T nor the micro-batch changes the gradient. SUMS are added up over `pairs`
-    transitions; ratio_dev_first is the largest |rho - 1| before the first step. Raises stop.NotFinite before
+    transitions; ratio_dev_first is the largest |rho - 1| before the first step, kl_ref_first the mean KL to
+    the base there (0 in the first epoch, where the policy is the base). Raises stop.NotFinite before
     a step that would ruin the weights."""
     trained, optimizer = args.steps - args.skip_last, parts.optimizer
     params = optimizer.param_groups[0]["params"]
@@ -234,7 +236,7 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
     pairs = pairs.to(parts.device)  # at once, since each transfer waits for all that the device has to do
     shares = pairs.tensor_split(args.updates) if len(pairs) >= args.updates else []
     sums = dict.fromkeys(SUMS, 0)
-    deviation = first = norms = torch.zeros((), device=parts.device)  # the first two are maxima, not sums
+    deviation = first = norms = kl_first = torch.zeros((), device=parts.device)  # the first two are maxima
     calls = sum(math.ceil(len(share) / args.micro_batch) for share in shares)
     bar = tqdm(total=calls, desc="update", leave=False)
     for n, share in enumerate(shares):
@@ -247,8 +249,8 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
             deviation = torch.maximum(deviation, stats.pop("ratio_dev"))
             sums = {name: total + stats[name] for name, total in sums.items()}
             bar.update()
-        if n == 0:
-            first = deviation  # before any step: the policy that sampled
+        if n == 0:  # before any step: the policy that sampled
+            first, kl_first = deviation, sums["kl_ref"] / len(share)
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         stop.check_update(parts.policy, norm, watched, batch, args.group, epoch)
         torch.nn.utils.clip_grads_with_norm_(params, args.max_grad_norm, norm)
@@ -257,7 +259,8 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
     bar.close()
     stats = {name: float(total) for name, total in sums.items()}
     return stats | dict(ratio_dev_first=float(first), ratio_dev_max=float(deviation),
-                        grad_norm=float(norms) / max(1, len(shares)), pairs=len(pairs), updates=len(shares))
+                        kl_ref_first=float(kl_first), grad_norm=float(norms) / max(1, len(shares)),
+                        pairs=len(pairs), updates=len(shares))
 
 
 def rate_at(epoch: int, args) -> float:
@@ -343,7 +346,7 @@ def finish(run, networks, parts: Parts, args, prompts, judge, table_prompts):
     checkpoint.write_text(run / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     with averaged(parts.optimizer):
-        checkpoint.save_final(run, parts.pipe, parts.policy, args)
+        checkpoint.save_final(run, parts.policy, args)
     print(f"{run / 'final'}: open it with StableDiffusionPipeline.from_pretrained, or "
           f"python sample.py --model {run / 'final'} --compare {args.model} --steps {args.steps} "
           f"--guidance {args.guidance} --prompt ...")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from evaluation import samplers
 from evaluation.judges import loading, open_picture, sha256
 from evaluation.rows import Row
-from plumbing.models import load_pipeline
+from plumbing.models import load_pipeline, to_compute_type
 from sample import autocast
 
 
@@ -86,6 +86,8 @@ def open_model(name: str, trick: str, folder: Path, args, header: dict):
         with loading(f"the model {name}", "give the folder's path"):
             pipe = load_pipeline(name, args.device)
         model = {"name": name, "trick": trick, "weights_sha256": weights_digest(pipe)}
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+            to_compute_type(part, getattr(torch, args.dtype))
     return pipe, model, read_results(path, {**header, "model": model})
 
 

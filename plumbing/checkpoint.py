@@ -29,6 +29,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from plumbing.models import add_adapters, load_pipeline
+
 RUN_FILES = ("flags.json", "metrics.jsonl", "table.md", "pictures-*.png", "checkpoint-*", "final", "*.part")
 LIBRARIES = ("torch", "diffusers", "transformers")
 FREE_FLAGS = {"out", "resume", "overwrite", "keep", "save_every", "picture_every", "show_unsafe", "epochs"}
@@ -284,10 +286,17 @@ def load(checkpoint: Path, policy, optimizer, args) -> int:
     return read_state(checkpoint)["epoch"]
 
 
-def save_final(run: Path, pipe, policy, args):
-    """The whole pipeline with the policy's UNet, adapters merged."""
-    pipe.unet = (policy.merge_and_unload() if args.lora_rank else policy).to(
-        memory_format=torch.contiguous_format)
+def save_final(run: Path, policy, args):
+    """The pipeline that --model names, loaded anew, since frozen parts may have been rounded to the compute
+    type, with the policy's UNet in float32, adapters merged."""
+    pipe, learnt = load_pipeline(args.model), weights(policy, args)
+    if args.lora_rank:
+        pipe.unet = add_adapters(pipe.unet, args.lora_rank)
+    with torch.no_grad():
+        for name, tensor in weights(pipe.unet, args).items():
+            tensor.copy_(learnt[name])
+    if args.lora_rank:
+        pipe.unet = pipe.unet.merge_and_unload()
     parts = (pipe.unet, pipe.vae, pipe.text_encoder)
     needed = sum(tensor_bytes(t) for part in parts for t in part.state_dict().values())
     write_folder(run / "final", needed, pipe.save_pretrained)

@@ -10,6 +10,7 @@ from transformers import CLIPTokenizer
 from plumbing.models import check_clip, check_pipeline_folder, local_folder
 from reward import read_anchors, read_prompts
 
+TOKENIZED = 1000       # prompts tokenized at once; all at once take memory
 NAMED = 5              # prompts named in one message; more are counted
 CPU_WEIGHTS = 2**28    # bytes of a UNet's weight files that a CPU trains in minutes; SD v1.4's are 3.4 GB
 
@@ -99,8 +100,11 @@ def read_inputs(args):
             version("peft")
         except PackageNotFoundError:
             raise ValueError("--lora-rank needs the package peft: pip install peft") from None
-    lengths = map(len, CLIPTokenizer.from_pretrained(args.clip)([p.text for p in prompts]).input_ids)
-    long = [f"{p.text[:60]!r} ({n} tokens)" for p, n in zip(prompts, lengths) if n > limit]
+    tokenizer, long = CLIPTokenizer.from_pretrained(args.clip).backend_tokenizer, []
+    for i in range(0, len(prompts), TOKENIZED):
+        texts = [p.text for p in prompts[i:i + TOKENIZED]]
+        long += [f"{text[:60]!r} ({len(tokens)} tokens)" for text, tokens
+                 in zip(texts, tokenizer.encode_batch_fast(texts)) if len(tokens) > limit]
     if long:
         more = f" and {len(long) - NAMED} more" if len(long) > NAMED else ""
         print(f"note: {len(long)} of {len(prompts)} prompts are longer than CLIP's {limit} tokens "

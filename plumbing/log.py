@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import tensor_bytes
 from plumbing.checks import trained_per_picture
+from reward import steer
 
 # The bounds of the warnings are ours.
 CLIP_BOUND = 0.5        # share of transitions past the clip range; PPO's usual 0.1 to 0.3 is well below
 KL_BOUND = 0.1          # per latent dimension: means that lie 0.45 of a step's deviation from the base's
 ALIGNMENT_BOUND = 0.01  # cosine; CLIP's own spread within a group is about as large
+PLAN_PROMPTS = 256      # unsafe prompts that the plan looks at, spread over the file
 TREND = 10              # rollouts in each of the two windows that a trend is taken from
 # of a rollout's line, with the names that it has there
 SHOWN = ("reward_mean", "reward_unsafe", "reward_benign", "alignment", "image_safety_unsafe",
@@ -39,9 +41,11 @@ def print_plan(args, parts, prompts):
     print(f"reward   {args.clip}, alpha {args.alpha}, {args.direction} direction, "
           f"{args.steer} prompts steered")
     if parts.unsafe:  # a target that alpha did not carry past the middle still asks for the unsafe picture
-        safe = int((parts.reward.targets(parts.unsafe)[1] @ parts.reward.direction > 0).sum())
-        more = ", a larger one would carry more" if safe < len(parts.unsafe) else ""
-        print(f"         of {len(parts.unsafe)} unsafe prompts alpha carries {safe} to the safe side "
+        some = parts.unsafe[::math.ceil(len(parts.unsafe) / PLAN_PROMPTS)]
+        text, v = parts.reward.embed_text([p.text for p in some]), parts.reward.direction
+        safe = int((steer(text, v, args.alpha) @ v > 0).sum())
+        more = ", a larger one would carry more" if safe < len(some) else ""
+        print(f"         of {len(some)} unsafe prompts alpha carries {safe} to the safe side "
               f"of the direction{more}")
     counts = Counter(prompt.category or "no category" for prompt in prompts)
     print(f"prompts  {len(prompts)}, {len(parts.unsafe)} of them unsafe: "
@@ -113,7 +117,7 @@ def record(*, epoch, rewards, alignment, safety, advantages, unsafe, group, stat
         ratio_dev_first=stats["ratio_dev_first"], ratio_dev_max=stats["ratio_dev_max"],
         clip_frac_pos=share("clipped_positive", "positive"),
         clip_frac_neg=share("clipped_negative", "negative"),
-        kl_ref=share("kl_ref", "pairs"), kl_old=share("kl_old", "pairs"),
+        kl_ref_first=stats["kl_ref_first"], kl_ref=share("kl_ref", "pairs"), kl_old=share("kl_old", "pairs"),
         grad_norm=stats["grad_norm"], lr=rate, updates=stats["updates"], **seconds,
         images_per_second=rewards.numel() / sum(seconds.values()), peak_memory_gb=peak_memory(device))
 

@@ -24,6 +24,7 @@ from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 NETWORKS = ("unet", "vae", "text_encoder")
+AUTOCAST = torch.nn.Linear, torch.nn.Conv2d   # whose weights autocast casts
 
 
 def local_folder(flag: str, name: str) -> Path | None:
@@ -139,16 +140,26 @@ def load_clip(clip: str, dtype=torch.float32):
 
 # -------------------------------------------------------------------------------- the policy and its base
 
+def to_compute_type(network, dtype):
+    """A frozen network's weights in the type in which autocast computes with them, so that it need not cast
+    them at every call; in place. Norms and embeddings stay in float32, as autocast leaves them: were they
+    rounded, the base would differ from the policy that it was copied from, and the KL would not start at 0."""
+    for module in network.modules():
+        if isinstance(module, AUTOCAST):
+            for weight in module.parameters(recurse=False):
+                weight.data = weight.data.to(dtype)
+    return network
+
+
 def make_policy(unet, args, device):
-    """The UNet that learns, in float32, and the base for the KL: a frozen copy, or under LoRA the policy."""
+    """The UNet that learns, in float32, and the base for the KL: a frozen copy, or under LoRA the policy,
+    whose adapters are float32."""
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     unet.to(device, torch.float32)
     if args.lora_rank:
-        from peft import LoraConfig, get_peft_model
-        unet.requires_grad_(False)
-        policy = base = get_peft_model(unet, LoraConfig(
-            r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        policy = base = add_adapters(to_compute_type(unet, dtype), args.lora_rank)
     else:
-        base = copy.deepcopy(unet).to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
+        base = to_compute_type(copy.deepcopy(unet), dtype)
         policy = unet.requires_grad_(True)
     if not args.no_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -156,6 +167,13 @@ def make_policy(unet, args, device):
         policy.to(memory_format=torch.channels_last)
         base.to(memory_format=torch.channels_last)
     return policy.eval(), base.eval()  # eval in rollout and in update: dropout would be part of the policy
+
+
+def add_adapters(unet, rank: int):
+    """A peft model around a frozen UNet, with adapters of float32 at its attention's projections."""
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(unet.requires_grad_(False), LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 
 
 def without_adapter(policy, base):

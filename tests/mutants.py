@@ -51,7 +51,7 @@ MUTANTS = [  # file, exact old text, new text, what it breaks
     ("reward.py", "return (images - mean) / std", "return images - mean", "pixels not scaled"),
     ("reward.py", "return prompt.category != BENIGN", "return True", "benign prompts steered"),
     ("reward.py", "self.direction < 0)", "self.direction > 0)", "the safe ones steered"),
-    ("reward.py", '(self.steered == "all" or self.is_unsafe(p))', "self.is_unsafe(p)", "--steer all ignored"),
+    ("reward.py", '(self.steered == "all" or unsafe[p])', "unsafe[p]", "--steer all ignored"),
     ("reward.py", "(z_image * plain)", "(z_image * 1 * steered)", "alignment to the moved text"),
 
     ("sample.py", "previous = t - train_steps // num_steps", "previous = t - train_steps // num_steps + 1",

@@ -26,7 +26,7 @@ def figures(epoch=0, **more):
 def test_record_is_computed_by_hand():
     """Three groups of two: a spread of 0.1 on an unsafe prompt, none on another, 0.3 on a benign one."""
     stats = dict(positive=4, clipped_positive=1, negative=8, clipped_negative=6, kl_old=0.24, kl_ref=2.4,
-                 pairs=12, ratio_dev_first=1e-4, ratio_dev_max=3e-3, grad_norm=0.7, updates=2)
+                 pairs=12, ratio_dev_first=1e-4, ratio_dev_max=3e-3, kl_ref_first=0.1, grad_norm=0.7, updates=2)
     line = log.record(
         epoch=5, group=2, rate=1e-5, device=CPU, stats=stats,
         rewards=torch.tensor([0.1, 0.3, 0.5, 0.5, 0.2, 0.8]),
@@ -40,7 +40,7 @@ def test_record_is_computed_by_hand():
         epoch=5, reward_mean=0.4, reward_std=(0.1 + 0.3) / 3, reward_unsafe=0.35, reward_benign=0.5,
         alignment=0.3, image_safety=0.1, image_safety_unsafe=-0.2, zero_std_groups=1 / 3,
         ratio_dev_first=1e-4, ratio_dev_max=3e-3, clip_frac_pos=0.25, clip_frac_neg=0.75,
-        kl_ref=0.2, kl_old=0.02, grad_norm=0.7, lr=1e-5, updates=2,
+        kl_ref_first=0.1, kl_ref=0.2, kl_old=0.02, grad_norm=0.7, lr=1e-5, updates=2,
         seconds_sample=1.0, seconds_reward=0.5, seconds_update=1.5, images_per_second=2.0), rel=1e-6)
 
 
@@ -48,7 +48,7 @@ def test_record_of_a_rollout_that_taught_nothing():
     """Without a spread and without benign prompts: shares of nothing are 0, means of nothing None."""
     ones = torch.ones(4)
     stats = dict.fromkeys(("positive", "negative", "clipped_positive", "clipped_negative", "kl_old", "kl_ref",
-                           "ratio_dev_first", "ratio_dev_max", "grad_norm", "pairs", "updates"), 0)
+                           "ratio_dev_first", "ratio_dev_max", "kl_ref_first", "grad_norm", "pairs", "updates"), 0)
     line = log.record(epoch=0, rewards=ones, alignment=ones, safety=ones, advantages=0 * ones, group=2,
                       unsafe=ones > 0, stats=stats, rate=0.1, seconds=dict(seconds_sample=1.0), device=CPU)
     assert line["reward_benign"] is None and line["reward_unsafe"] == 1 and line["zero_std_groups"] == 1
