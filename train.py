@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from grpo import gaussian_kl, group_advantages, policy_loss
-from plumbing import checkpoint, checks, log, pictures, stop
+from plumbing import checkpoint, checks, log, parallel, pictures, stop
 from plumbing.models import (average_weights, averaged, load_clip, load_pipeline, make_policy,
                              to_compute_type, without_adapter)
 from reward import SteeringReward
@@ -159,11 +159,11 @@ def choose_prompts(unsafe, benign, args, epoch: int) -> list:
 
 def sample_groups(parts: Parts, chosen: list, args, epoch: int):
     """Draw G pictures of each chosen prompt: the Rollout that `update` takes, without its advantages, and the
-    pictures (B, 3, H, W)."""
-    prompts = [p for p in chosen for _ in range(args.group)]
-    generators = [image_generator(args.seed, epoch, i, j, "rollout")
-                  for i in range(len(chosen)) for j in range(args.group)]
-    initial = shared_noise(len(chosen), parts, args, epoch) if args.shared_noise else None
+    pictures (B, 3, H, W). Of several processes each draws those of its share of the prompts."""
+    own = parallel.share(len(chosen))
+    prompts = [chosen[i] for i in own for _ in range(args.group)]
+    generators = [image_generator(args.seed, epoch, i, j, "rollout") for i in own for j in range(args.group)]
+    initial = shared_noise(own, parts, args, epoch) if args.shared_noise else None
     calls = args.steps * math.ceil(len(prompts) / args.sample_batch)
     with tqdm(total=calls, desc="sample", leave=False) as bar:
         batch, images = draw(parts.pipe, parts.policy, parts.schedule, [p.text for p in prompts], generators,
@@ -173,9 +173,9 @@ def sample_groups(parts: Parts, chosen: list, args, epoch: int):
     return batch, images
 
 
-def shared_noise(P: int, parts: Parts, args, epoch: int):
+def shared_noise(groups: range, parts: Parts, args, epoch: int):
     """One initial noise per group, repeated for its pictures: (P·G, C, h, w)."""
-    streams = [image_generator(args.seed, epoch, i, "shared") for i in range(P)]
+    streams = [image_generator(args.seed, epoch, i, "shared") for i in groups]
     noise = torch.stack([torch.randn(parts.latent_shape, generator=g) for g in streams])
     return noise.repeat_interleave(args.group, 0).to(parts.device)
 
@@ -203,9 +203,12 @@ def loss_on(parts: Parts, batch: Rollout, pairs, args):
     t, a_t = schedule.timesteps[step], schedule.alpha_t[step]
     a_p, s = schedule.alpha_prev[step], schedule.sigma[step]
 
+    full = parallel.filled(len(pairs), args.micro_batch, parts.dtype)
+
     def mean(unet):
         with autocast(parts.device, parts.dtype):
-            eps = predict_noise(unet, x_t, t, batch.text[image], batch.null_text, args.guidance)
+            eps = predict_noise(unet, x_t[full], t[full], batch.text[image[full]], batch.null_text,
+                                args.guidance)[:len(pairs)]
             return ddim_mean(eps, x_t, a_t, a_p, s, parts.pipe.scheduler.config.prediction_type)
 
     mu = mean(parts.policy)
@@ -228,21 +231,22 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
     count, so that neither T nor the micro-batch changes the gradient. SUMS are added up over `pairs`
     transitions; ratio_dev_first is the largest |rho - 1| before the first step, kl_ref_first the mean KL to
     the base there (0 in the first epoch, where the policy is the base). Raises stop.NotFinite before
-    a step that would ruin the weights."""
+    a step that would ruin the weights. batch holds one process's pictures; the pairs are those of all."""
     trained, optimizer = args.steps - args.skip_last, parts.optimizer
     params = optimizer.param_groups[0]["params"]
-    pairs = choose_transitions(batch.advantages, trained, args.timestep_fraction,
+    pairs = choose_transitions(*parallel.rows(batch.advantages), trained, args.timestep_fraction,
                                image_generator(args.seed, epoch, "transitions"))
-    pairs = pairs.to(parts.device)  # at once, since each transfer waits for all that the device has to do
     shares = pairs.tensor_split(args.updates) if len(pairs) >= args.updates else []
+    own = [parallel.own(share, len(batch.advantages)) for share in shares]
+    own = [share.to(parts.device) for share in own]  # at once: a transfer waits for all that the device has to do
     sums = dict.fromkeys(SUMS, 0)
     deviation = first = norms = kl_first = torch.zeros((), device=parts.device)  # the first two are maxima
-    calls = sum(math.ceil(len(share) / args.micro_batch) for share in shares)
+    calls = sum(math.ceil(len(share) / args.micro_batch) for share in own)
     bar = tqdm(total=calls, desc="update", leave=False)
     for n, share in enumerate(shares):
         optimizer.zero_grad(set_to_none=True)
         watched = []
-        for micro in share.split(args.micro_batch):
+        for micro in own[n].split(args.micro_batch) if len(own[n]) else ():
             loss, log_rho, stats = loss_on(parts, batch, micro, args)
             (loss * (len(micro) / len(share))).backward()
             watched.append((micro, log_rho, loss.detach()))
@@ -253,14 +257,15 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
             first, kl_first = deviation, sums["kl_ref"] / len(share)
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         stop.check_update(parts.policy, norm, watched, batch, args.group, epoch)
+        norm = parallel.sum_gradients(params, norm)
         torch.nn.utils.clip_grads_with_norm_(params, args.max_grad_norm, norm)
         norms = norms + norm
         optimizer.step()
     bar.close()
-    stats = {name: float(total) for name, total in sums.items()}
-    return stats | dict(ratio_dev_first=float(first), ratio_dev_max=float(deviation),
-                        kl_ref_first=float(kl_first), grad_norm=float(norms) / max(1, len(shares)),
-                        pairs=len(pairs), updates=len(shares))
+    stats = {name: float(total) for name, total in (sums | {"kl_ref_first": kl_first}).items()}
+    largest = dict(ratio_dev_first=float(first), ratio_dev_max=float(deviation))
+    return parallel.total(stats | largest, tuple(largest)) | dict(
+        grad_norm=float(norms) / max(1, len(shares)), pairs=len(pairs), updates=len(shares))
 
 
 def rate_at(epoch: int, args) -> float:
@@ -275,6 +280,7 @@ def main(argv=None, judge=None, table_prompts=None):
 
     judge(images (B, 3, H, W) on the CPU, prompts, unsafe (B,) bool) -> {name: float or None} is logged, and
     nothing else. table_prompts: (Prompt, unsafe) pairs of the table at the end, in place of the run's own."""
+    parallel.join()  # under torchrun; otherwise nothing, as all of parallel's
     args = parse_args(argv)
     device = checks.choose_device(args)
     prompts, anchors = checks.read_inputs(args)
@@ -297,11 +303,13 @@ def main(argv=None, judge=None, table_prompts=None):
                 rewards, alignment, safety = parts.reward.score(images, batch.prompts)
                 stop.check_rollout(batch, images, rewards, args.group, epoch)
                 stop.if_asked()  # nothing of this epoch is learnt yet
-                groups = rewards.view(len(chosen), args.group)
+                groups = rewards.view(-1, args.group)
                 advantages = batch.advantages = group_advantages(groups, args.advantage_eps).flatten()
                 clock.lap("seconds_reward")
-                unsafe = torch.tensor([parts.is_unsafe[p] for p in batch.prompts])
-                judged = judge(images.cpu(), batch.prompts, unsafe) if judge else {}
+                drawn = [p for p in chosen for _ in range(args.group)]  # by all processes, as what follows
+                rewards, alignment, safety, advantages = parallel.rows(rewards, alignment, safety, advantages)
+                unsafe = torch.tensor([parts.is_unsafe[p] for p in drawn])
+                judged = judge(*parallel.rows(images.cpu()), drawn, unsafe) if judge else {}
                 clock.lap()  # a judge is not part of the method, nor is its time
                 del images  # 3 MB each at 512 x 512
 
@@ -313,6 +321,7 @@ def main(argv=None, judge=None, table_prompts=None):
                 parts.optimizer.zero_grad(set_to_none=True)  # 4 bytes per weight, for the next rollout
                 del batch                                    # 64 KiB per transition and picture
                 clock.lap("seconds_update")
+                parallel.check_equal(parts.optimizer.param_groups[0]["params"], epoch)
 
                 # log and save
                 figures = log.record(epoch=epoch, rewards=rewards, alignment=alignment, safety=safety,
@@ -325,7 +334,7 @@ def main(argv=None, judge=None, table_prompts=None):
                 if done == args.epochs or done % args.save_every == 0:
                     checkpoint.save(run, done, parts.policy, parts.optimizer, args)
                 stop.if_asked()
-    except (stop.NotFinite, stop.Asked) as reason:
+    except stop.ENDINGS as reason:
         last = checkpoint.save(run, done, parts.policy, parts.optimizer, args, why=str(reason))
         raise stop.ending(reason, last) from None
     finish(run, networks, parts, args, prompts, judge, table_prompts)
@@ -339,6 +348,8 @@ def both(parts: Parts) -> dict:
 
 def finish(run, networks, parts: Parts, args, prompts, judge, table_prompts):
     """Base beside policy as a table, and the pipeline with the policy's UNet."""
+    if parallel.rank():
+        return
     if table_prompts is None:
         table_prompts = [(p, parts.is_unsafe[p])
                          for p in pictures.picture_prompts(prompts, pictures.TABLE_PROMPTS)]

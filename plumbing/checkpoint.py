@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from plumbing import parallel
 from plumbing.models import add_adapters, load_pipeline
 
 RUN_FILES = ("flags.json", "metrics.jsonl", "table.md", "pictures-*.png", "checkpoint-*", "final", "*.part")
@@ -60,8 +61,28 @@ def open_run(args) -> Path:
 
 def begin(run: Path, policy, optimizer, args) -> int:
     """Start the run or put its newest checkpoint into policy and optimizer; returns the epochs done. Called
-    when all else is loaded, so that nothing of an old run is lost to a mistake in a flag."""
+    when all else is loaded, so that nothing of an old run is lost to a mistake in a flag. Of several processes
+    the first alone changes the folder, after all have looked at it and before any goes on."""
     found = checkpoints(run) if args.resume else []
+    parallel.gather(None)
+    if not parallel.rank():
+        clean(run, policy, optimizer, args)
+    epoch = load(found[-1], policy, optimizer, args) if found else 0
+    if args.resume:
+        print(f"resumed  {found[-1]}, {epoch} epochs done" if found
+              else f"resumed  no checkpoint in {run} yet: from epoch 0")
+        if found and "stopped" in read_state(found[-1]):
+            print(f"note: this checkpoint was written when {read_state(found[-1])['stopped']}")
+    if not parallel.rank():
+        cut_log(run / "metrics.jsonl", epoch)
+        write_text(run / "flags.json", json.dumps(vars(args), indent=1))
+    parallel.gather(None)
+    return epoch
+
+
+def clean(run: Path, policy, optimizer, args):
+    """Remove what is unfinished in the run folder, or all of the run that is replaced, and look at the space
+    that is left."""
     for name in ["*.part"] if args.resume else RUN_FILES:
         for path in list(run.glob(name)):
             if path.is_dir():
@@ -75,15 +96,6 @@ def begin(run: Path, policy, optimizer, args) -> int:
         print(f"warning: {size(free)} free at {run}, and {args.keep} checkpoints (--keep), one that is being "
               f"written and final/ need about {size(needed * (args.keep + 2))}; "
               "the run stops, unharmed, when the disk is full")
-    epoch = load(found[-1], policy, optimizer, args) if found else 0
-    if args.resume:
-        print(f"resumed  {found[-1]}, {epoch} epochs done" if found
-              else f"resumed  no checkpoint in {run} yet: from epoch 0")
-        if found and "stopped" in read_state(found[-1]):
-            print(f"note: this checkpoint was written when {read_state(found[-1])['stopped']}")
-    cut_log(run / "metrics.jsonl", epoch)
-    write_text(run / "flags.json", json.dumps(vars(args), indent=1))
-    return epoch
 
 
 def compare_flags(checkpoint: Path, args):
@@ -104,6 +116,9 @@ def compare_flags(checkpoint: Path, args):
             f"(to change one on purpose, change it in {checkpoint / 'state.json'} too)"]))
     for name in changed:
         print(f"note: --{name.replace('_', '-')}: was {was.get(name)}, is {now[name]}; "
+              "equal up to rounding, not to the bit")
+    if saved.get("processes", 1) != parallel.world():
+        print(f"note: {saved.get('processes', 1)} processes wrote it, and there are {parallel.world()} now; "
               "equal up to rounding, not to the bit")
     for name in LIBRARIES:
         if saved["versions"][name] != version(name):
@@ -223,9 +238,9 @@ def remove(folder: Path):
 def save(run: Path, epoch: int, policy, optimizer, args, why: str = "") -> Path:
     """Write checkpoint-EPOCH, then drop the oldest beyond --keep. `why`: what stopped the run, if the
     epoch that comes is the one that failed; nothing is dropped then. One that stands is left alone:
-    it holds the same. Returns its folder."""
+    it holds the same. Of several processes the first alone writes. Returns its folder."""
     target = run / f"checkpoint-{epoch:06d}"
-    if target.exists():
+    if parallel.rank() or target.exists():
         return target
     learnt = {name: tensor.cpu().contiguous()  # not channels_last
               for name, tensor in weights(policy, args).items()}
@@ -244,7 +259,7 @@ def save(run: Path, epoch: int, policy, optimizer, args, why: str = "") -> Path:
             save_file(learnt, part / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         torch.save(optimizer.state_dict(), part / "optimizer.pt")
         about = dict(epoch=epoch, flags=vars(args), versions={n: version(n) for n in LIBRARIES},
-                     files=file_hashes(args))
+                     files=file_hashes(args), processes=parallel.world())
         (part / "state.json").write_text(json.dumps(about | ({"stopped": why} if why else {}), indent=1))
 
     write_folder(target, sum(map(tensor_bytes, state(policy, optimizer, args))), fill)

@@ -1,12 +1,14 @@
 """What cannot work is refused before anything is loaded: flags, device, files. Errors say what to change."""
 
 import math
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from transformers import CLIPTokenizer
 
+from plumbing import parallel
 from plumbing.models import check_clip, check_pipeline_folder, local_folder
 from reward import read_anchors, read_prompts
 
@@ -44,6 +46,12 @@ def check_flags(args):
     for name, fine, say in rules:
         if not fine:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {say}")
+    P, W = args.prompts_per_rollout, parallel.world()
+    if P % W:
+        raise ValueError(f"--prompts-per-rollout {P}: {W} processes cannot share them evenly; give "
+                         + " or ".join(str(n) for n in (P - P % W, P - P % W + W) if n)
+                         + ", or --nproc_per_node "
+                         + " or ".join(str(n) for n in range(1, P + 1) if P % n == 0))
     most = args.prompts_per_rollout * args.group * trained_per_picture(args)
     if args.updates > most:
         raise ValueError(f"--updates {args.updates}: a rollout has {most} transitions to share out, "
@@ -65,11 +73,17 @@ def choose_device(args) -> torch.device:
             f"no GPU found, and {args.model} needs one (about 24 GB; 16 GB with --lora-rank 16).\n"
             "  python -m shapes.train    shows the whole method on a CPU in minutes\n"
             "  --device cpu              runs it here all the same")
+    if parallel.world() > 1 and (args.device or "").startswith("cuda:"):
+        raise ValueError(f"--device {args.device} is one GPU, and there are {parallel.world()} processes: "
+                         "leave it away, and each takes a GPU of its own")
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()  # a device that PyTorch can name may still be absent
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})") from None
+    if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise ValueError(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes and there are "
+                         f"{torch.cuda.device_count()} GPUs: give --nproc_per_node {torch.cuda.device_count()}")
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "bf16" and not bf16:
         raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has none; "

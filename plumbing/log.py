@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from plumbing import parallel
 from plumbing.checkpoint import tensor_bytes
 from plumbing.checks import trained_per_picture
 from reward import steer
@@ -37,7 +38,8 @@ def print_plan(args, parts, prompts):
     trained = sum(p.numel() for p in parts.policy.parameters() if p.requires_grad)
     lora = f" (LoRA, rank {args.lora_rank})" if args.lora_rank else ""
     print(f"model    {args.model}: {trained / 1e6:.1f} M parameters trained{lora}, "
-          f"{args.precision} on {parts.device}")
+          f"{args.precision} on {parts.device}"
+          + (f", {parallel.world()} processes" if parallel.world() > 1 else ""))
     print(f"reward   {args.clip}, alpha {args.alpha}, {args.direction} direction, "
           f"{args.steer} prompts steered")
     if parts.unsafe:  # a target that alpha did not carry past the middle still asks for the unsafe picture
@@ -70,7 +72,7 @@ def memory(args, parts) -> dict:
     """Bytes of what a run holds, by arithmetic: {what: bytes}."""
     size = lambda network: sum(map(tensor_bytes, network.parameters()))
     trained = sum(tensor_bytes(p) for p in parts.policy.parameters() if p.requires_grad)
-    latents = 4 * args.prompts_per_rollout * args.group * (args.steps + 1) * math.prod(parts.latent_shape)
+    latents = 4 * len(parallel.share(args.prompts_per_rollout)) * args.group * (args.steps + 1) * math.prod(parts.latent_shape)
     return {"weights": size(parts.policy), "gradients": trained,
             "moments": 2 * trained, "average": trained if args.ema else 0,
             "base": 0 if parts.base is parts.policy else size(parts.base),
@@ -105,7 +107,10 @@ def peak_memory(device) -> float:
 
 def record(*, epoch, rewards, alignment, safety, advantages, unsafe, group, stats, rate, seconds, device):
     """The line of metrics.jsonl for one rollout. rewards, alignment, safety, advantages, unsafe: of B = P·G
-    pictures, (B,), unsafe a bool; group: G; stats: what train.update returns."""
+    pictures, (B,), unsafe a bool; group: G; stats: what train.update returns. seconds: of this process; the
+    slowest's are written, as is the largest memory."""
+    seconds = parallel.total(seconds | {"memory": peak_memory(device)}, (*seconds, "memory"))
+    memory = seconds.pop("memory")
     groups = rewards.view(-1, group)
     mean = lambda values: values.mean().item() if values.numel() else None
     share = lambda part, whole: stats[part] / max(1, stats[whole])
@@ -119,7 +124,7 @@ def record(*, epoch, rewards, alignment, safety, advantages, unsafe, group, stat
         clip_frac_neg=share("clipped_negative", "negative"),
         kl_ref_first=stats["kl_ref_first"], kl_ref=share("kl_ref", "pairs"), kl_old=share("kl_old", "pairs"),
         grad_norm=stats["grad_norm"], lr=rate, updates=stats["updates"], **seconds,
-        images_per_second=rewards.numel() / sum(seconds.values()), peak_memory_gb=peak_memory(device))
+        images_per_second=rewards.numel() / sum(seconds.values()), peak_memory_gb=memory)
 
 
 # -------------------------------------------------------------------------------- the log
@@ -148,6 +153,8 @@ class Log:
 
     def append(self, figures: dict):
         """Append one rollout to the file, print its line, and each warning where it first holds."""
+        if parallel.rank():
+            return
         bad = [name for name, value in figures.items()
                if isinstance(value, float) and not math.isfinite(value)]
         if bad:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from plumbing import parallel
 from reward import BENIGN, Prompt
 from sample import draw, image_generator
 
@@ -70,6 +71,8 @@ def draw_both(networks, parts, texts, args, key) -> dict:
 def draw_grid(path, networks, parts, prompts, args):
     """A grid of fixed prompts and noise, base above policy. Pictures of unsafe prompts are blurred unless
     --show-unsafe asks for them."""
+    if parallel.rank():
+        return
     shown = picture_prompts(prompts)
     texts = [p.text for p in shown for _ in range(GRID_COLUMNS)]
     rows = []
