@@ -13,7 +13,7 @@ checker is always off.
 The module of a suite in evaluation/ says what is drawn and what the tables are; samplers.py says how it is
 drawn, judges.py what is in the pictures. Every finished picture is one line of OUT/MODEL/rows.jsonl, joined
 by case number and never by position: the same command goes on where it was stopped, and ends with the same
-report.
+report. Under torchrun several processes share the pictures out, and the report is the same.
 
 Departures. GenEval's own script samples with the pipeline's default scheduler (PNDM), and leaves the safety
 checker on: here DDIM (or --sampler lms), and off. A CSV without a seed column gives every row its own seed,
@@ -36,6 +36,7 @@ from evaluation.results import saved, slug
 from evaluation.rows import Row
 from evaluation.samplers import TRICKS
 from evaluation.statistics import merge
+from plumbing import parallel, stop
 from plumbing.models import check_pipeline_folder, local_folder
 from sample import default_device
 
@@ -157,8 +158,10 @@ def refusing():
     the same exceptions would be mistakes of ours and deserve their traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
+    except (ValueError, OSError, parallel.Ended) as error:
+        first, _ = stop.tell(error)[0]  # of several processes
+        if parallel.rank() == first:
+            print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -194,6 +197,7 @@ def make_report(args, rows: list[Row], raw: dict, fids: dict, facts: dict):
 
 def main(argv=None):
     args, started = parse(argv), time.time()
+    parallel.join()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
     suite = SUITES[args.suite]
     with refusing():
@@ -205,7 +209,7 @@ def main(argv=None):
         files = judges.judge_files(args)
         chosen, judged = judges.make_judges(args, suite, files)
     notes += remarks
-    for note in notes:
+    for note in () if parallel.rank() else notes:
         print(note, file=sys.stderr)
 
     flags = ("suite", "sampler", "steps", "eta", "guidance", "noise", "dtype", "seed", "samples", "images")
@@ -216,10 +220,13 @@ def main(argv=None):
         folder = args.out / slug(label)
         with refusing():
             pipe, made[label], done = results.open_model(name, trick, folder, args, header)
-        if not args.rescore:
+        if not args.rescore and not parallel.rank():
             strips += [results.draw(pipe, [row], trick, args).cpu() for row in shown]
-        raw[label] = results.finish_model(pipe, trick, folder, rows, done, args, chosen)
+        raw[label] = results.finish_model(pipe, trick, folder, rows, done, args, chosen,
+                                          {**header, "model": made[label]})
         del pipe  # before the next one is loaded
+    if parallel.rank():
+        return
     if strips:
         hide = not (suite.HARMLESS or args.show)
         report.save_strips(strips, list(models), shown, args.out / "grid.png", hide)
@@ -238,3 +245,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("evaluate.py: stopped; the same command goes on from here")
+    except parallel.Lost as error:
+        sys.exit(f"evaluate.py: {error}; the same command goes on from here")

@@ -1,6 +1,8 @@
 """One model's pictures, drawn and judged by batches, and the file that a second start goes on from.
 
-Every finished picture is one line of OUT/MODEL/rows.jsonl, below a first line that says how it was made.
+Every finished picture is one line of OUT/MODEL/rows.jsonl, below a first line that says how it was made. Of
+several processes (plumbing/parallel.py) each but the first has a file of its own, rows-1.jsonl and so on, until
+all are done and the first joins them; whoever is stopped, the next start goes on from all of these files.
 """
 
 import json
@@ -16,6 +18,7 @@ from tqdm import tqdm
 from evaluation import samplers
 from evaluation.judges import loading, open_picture, sha256
 from evaluation.rows import Row
+from plumbing import parallel
 from plumbing.models import load_pipeline, to_compute_type
 from sample import autocast
 
@@ -61,6 +64,29 @@ def read_results(path: Path, header: dict) -> dict:
     return {line.pop("key"): line for line in lines}
 
 
+def join_results(path: Path, header: dict) -> dict:
+    """read_results for all processes at once, after the first has moved into the file what the files of the
+    others have beyond it, by key."""
+    parallel.gather(None)  # all have written what they had to
+    if not parallel.rank():
+        done = read_results(path, header)
+        for part in sorted(path.parent.glob(f"{path.stem}-*.jsonl")):
+            more = {key: found for key, found in read_results(part, header).items() if key not in done}
+            write_results(path, more)
+            part.unlink()
+            done |= more
+    parallel.gather(None)
+    return read_results(path, header) if parallel.rank() else done
+
+
+def write_results(path: Path, results: dict):
+    """Append finished pictures, and have the disk hold them before going on."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"key": key, **found}) + "\n" for key, found in results.items())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def batches_of(rows: list[Row], size: int) -> list[list[Row]]:
     """Rows of one size and guidance together, in order, whatever was finished before: the same batches at
     every start, so that an interrupted run gives the same pictures to the last bit."""
@@ -81,14 +107,15 @@ def open_model(name: str, trick: str, folder: Path, args, header: dict):
             first = json.loads(file.readline())
         refuse_changes(path, {"settings": header["settings"]}, first)
         pipe, model, path = None, first["model"], folder / "rescored.jsonl"
-        path.unlink(missing_ok=True)
+        for old in [] if parallel.rank() else folder.glob("rescored*.jsonl"):
+            old.unlink()
     else:
         with loading(f"the model {name}", "give the folder's path"):
             pipe = load_pipeline(name, args.device)
         model = {"name": name, "trick": trick, "weights_sha256": weights_digest(pipe)}
         for part in (pipe.unet, pipe.vae, pipe.text_encoder):
             to_compute_type(part, getattr(torch, args.dtype))
-    return pipe, model, read_results(path, {**header, "model": model})
+    return pipe, model, join_results(path, {**header, "model": model})
 
 
 def draw(pipe, rows: list[Row], trick: str, args):
@@ -103,16 +130,19 @@ def to_pil(images) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels]
 
 
-def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, args, chosen: list) -> dict:
-    """Draw (with --rescore: read) and judge what is not done, by batches. Returns key -> raw results, in the
-    order of the rows."""
+def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, args, chosen: list,
+                 header: dict) -> dict:
+    """Draw (with --rescore: read) and judge what is not done, by batches, of which several processes take
+    turns. Returns key -> raw results, in the order of the rows."""
     path = folder / ("rescored.jsonl" if args.rescore else "rows.jsonl")
-    todo = [batch for batch in batches_of(rows, args.batch)
+    own = path.with_stem(f"{path.stem}-{parallel.rank()}") if parallel.rank() else path
+    read_results(own, header)
+    mine = batches_of(rows, args.batch)[parallel.rank()::parallel.world()]
+    todo = [batch for batch in mine
             if not all(row.key in done for row in batch)
             or args.save_images and not all(saved(folder, row).is_file() for row in batch)]
-    finished = len(rows) - sum(map(len, todo))
-    with open(path, "a", encoding="utf-8") as file, \
-            tqdm(total=len(rows), initial=finished, desc=folder.name) as bar:
+    total = sum(map(len, mine))
+    with tqdm(total=total, initial=total - sum(map(len, todo)), desc=folder.name) as bar:
         for batch in todo:
             if args.rescore:
                 images = [open_picture(saved(folder, row)) for row in batch]
@@ -123,13 +153,11 @@ def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, ar
                 for row, image in zip(batch, images):
                     image.save(saved(folder, row))
             judged = [judge(images, batch) for judge in chosen]
-            for k, row in enumerate(batch):
-                if row.key not in done:  # a batch of which a part was written is drawn again in full
-                    done[row.key] = {name: value for results in judged for name, value in results[k].items()}
-                    file.write(json.dumps({"key": row.key, **done[row.key]}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            write_results(own, {row.key: {name: value for results in judged for name, value in results[k].items()}
+                                for k, row in enumerate(batch)
+                                if row.key not in done})  # one that is written in part is drawn again in full
             bar.update(len(batch))
-    if args.rescore:
+    done = join_results(path, header)
+    if args.rescore and not parallel.rank():
         os.replace(path, folder / "rows.jsonl")
     return {row.key: done[row.key] for row in rows}

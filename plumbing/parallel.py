@@ -29,10 +29,7 @@ CHECK_EVERY = 10                  # rollouts between two comparisons of the weig
 
 class Ended(Exception):
     """At least one process cannot go on. troubles: [(its rank, its trouble)]."""
-
-    def __init__(self, troubles: list):
-        super().__init__("; ".join(f"process {rank}: {trouble}" for rank, trouble in troubles))
-        self.troubles = troubles
+    troubles = property(lambda self: self.args[0])
 
 
 class Lost(Exception):
@@ -52,7 +49,8 @@ def rank() -> int:
 
 
 def join():
-    """Meet the other processes that torchrun started, each on a GPU of its own where there are GPUs."""
+    """Meet the other processes that torchrun started, each on a GPU of its own where there are GPUs. When one
+    is done it just ends: process 0 may need longer, with pictures to draw and a report to write."""
     if not dist.is_available() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         return
     cuda = torch.cuda.is_available()
@@ -63,13 +61,6 @@ def join():
     if rank():
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-
-
-def leave():
-    """At the end of a whole run: wait for the others, process 0 among them."""
-    if world() > 1:
-        gather(None)
-        dist.destroy_process_group()
 
 
 # -------------------------------------------------------------------------------- what they tell each other
@@ -154,5 +145,5 @@ def check_equal(params: list, epoch: int):
     told = gather(torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params]).tolist())
     apart = [i for i, one in enumerate(told) if one != told[0]]
     if apart:
-        sys.exit(1 if rank() else f"after epoch {epoch} the weights of processes {apart} are not those of process 0: "
-                 "the GPUs or their links do not compute alike. Checkpoints before this epoch may be unsound")
+        sys.exit(1 if rank() else f"after epoch {epoch} the weights of processes {apart} are not those of "
+                 "process 0: the GPUs or their links do not compute alike, and the newest checkpoints may be wrong")

@@ -138,7 +138,6 @@ def run_script(name: str, main):
     """Call a script's main. What its user can mend ends it with one line and exit code 1."""
     try:
         main()
-        parallel.leave()
     except (*MENDED, parallel.Ended) as error:
         first, _ = tell(error)[0]
         sys.exit(f"{name}: {said(error)}" if parallel.rank() == first else 1)
