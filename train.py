@@ -238,7 +238,7 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
                                image_generator(args.seed, epoch, "transitions"))
     shares = pairs.tensor_split(args.updates) if len(pairs) >= args.updates else []
     own = [parallel.own(share, len(batch.advantages)) for share in shares]
-    own = [share.to(parts.device) for share in own]  # at once: a transfer waits for all that the device has to do
+    own = [share.to(parts.device) for share in own]  # at once: a transfer waits for all the device has to do
     sums = dict.fromkeys(SUMS, 0)
     deviation = first = norms = kl_first = torch.zeros((), device=parts.device)  # the first two are maxima
     calls = sum(math.ceil(len(share) / args.micro_batch) for share in own)

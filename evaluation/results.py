@@ -1,8 +1,8 @@
 """One model's pictures, drawn and judged by batches, and the file that a second start goes on from.
 
-Every finished picture is one line of OUT/MODEL/rows.jsonl, below a first line that says how it was made. Of
-several processes (plumbing/parallel.py) each but the first has a file of its own, rows-1.jsonl and so on, until
-all are done and the first joins them; whoever is stopped, the next start goes on from all of these files.
+Every finished picture is one line of OUT/MODEL/rows.jsonl, below a first line that says how it was made.
+Of several processes (plumbing/parallel.py) each but the first has a file of its own, rows-1.jsonl and so on,
+until all are done and the first joins them. The next start goes on from all of these files.
 """
 
 import json
@@ -153,9 +153,10 @@ def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, ar
                 for row, image in zip(batch, images):
                     image.save(saved(folder, row))
             judged = [judge(images, batch) for judge in chosen]
-            write_results(own, {row.key: {name: value for results in judged for name, value in results[k].items()}
-                                for k, row in enumerate(batch)
-                                if row.key not in done})  # one that is written in part is drawn again in full
+            found = {row.key: {name: value for results in judged for name, value in results[k].items()}
+                     for k, row in enumerate(batch)}
+            # a batch of which a part was written is drawn again in full
+            write_results(own, {key: results for key, results in found.items() if key not in done})
             bar.update(len(batch))
     done = join_results(path, header)
     if args.rescore and not parallel.rank():

@@ -3,13 +3,13 @@
     torchrun --nproc_per_node=8 train.py --prompts prompts/i2p.txt --out runs/sd14
     torchrun --nproc_per_node=2 -m shapes.train          # on a CPU, over gloo
 
-W processes hold the same weights and optimizer state, which are never sent. Each samples and scores the groups
-of its share of the P prompts. The optimizer's shares of (picture, transition) pairs are those of one process,
-drawn by all from one seed; each takes the pairs of its own pictures, and the gradients are summed before the
-step. So W changes the result as little as the micro-batch does: up to the order of summation.
+W processes hold the same weights and optimizer state, which are never sent. Each samples and scores the
+groups of its share of the P prompts. The optimizer's shares of (picture, transition) pairs are those of one
+process, drawn by all from one seed; each takes the pairs of its own pictures, and the gradients are summed
+before the step. So W changes the result as little as the micro-batch does: up to the order of summation.
 
-All that they tell each other passes through `gather`, and so does trouble: a process that cannot go on says so
-at its next gather, and all leave it with Ended, at the same step. Alone, every function here is the identity.
+All that they tell each other passes through `gather`, and so does trouble: a process that cannot go on says
+so at its next gather, and all leave it with Ended, at the same step. Alone, every function is the identity.
 """
 
 import itertools
@@ -110,7 +110,8 @@ def own(pairs, pictures: int):
 def filled(n: int, size: int, dtype):
     """Indices that repeat n pairs up to a whole micro-batch: a process's part of a share leaves a broken one,
     and in bf16 another batch shape rounds otherwise (in float32 by too little to matter)."""
-    return slice(None) if world() == 1 or dtype == torch.float32 else torch.arange(max(n, size)) % n
+    whole = world() == 1 or dtype == torch.float32 or n == size
+    return slice(None) if whole else torch.arange(size) % n
 
 
 def total(figures: dict, largest: tuple = ()) -> dict:
@@ -146,4 +147,4 @@ def check_equal(params: list, epoch: int):
     apart = [i for i, one in enumerate(told) if one != told[0]]
     if apart:
         sys.exit(1 if rank() else f"after epoch {epoch} the weights of processes {apart} are not those of "
-                 "process 0: the GPUs or their links do not compute alike, and the newest checkpoints may be wrong")
+                 "process 0: the GPUs or their links err, and the newest checkpoints may be wrong")

@@ -71,7 +71,7 @@ def if_asked():
 
 @contextmanager
 def as_one():
-    """Inside, what ends one of several processes ends all of them at the same step, with the same exception."""
+    """Inside, what ends one of several processes ends all at the same step, with the same exception."""
     try:
         yield
     except Exception as error:

@@ -153,8 +153,8 @@ def same_bits(a, b):
 
 
 def gradient(rank, out):
-    """The gradient and the statistics of one update of a tiny UNet on 12 pictures of 3 groups and 4 transitions
-    each, of which this process has its share."""
+    """The gradient and statistics of one update of a tiny UNet on 4 transitions of each of 12 pictures in 6
+    groups, of which this process has its share."""
     parallel.join()
     torch.manual_seed(0)
     policy = UNet2DConditionModel(
@@ -165,8 +165,8 @@ def gradient(rank, out):
     with torch.no_grad():
         for p in base.parameters():
             p.add_(0.01 * torch.randn_like(p))
-    args = SimpleNamespace(steps=6, skip_last=2, timestep_fraction=1.0, updates=1, micro_batch=4, guidance=3.0,
-                           clip_range=1e-3, kl=0.1, max_grad_norm=1e9, seed=0, lora_rank=0, group=2)
+    args = SimpleNamespace(steps=6, skip_last=2, timestep_fraction=1.0, updates=1, micro_batch=4, kl=0.1,
+                           guidance=3.0, clip_range=1e-3, max_grad_norm=1e9, seed=0, lora_rank=0, group=2)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               set_alpha_to_one=False, steps_offset=1)
     schedule = sample.ddim_schedule(scheduler, args.steps, 1.0)
@@ -211,8 +211,8 @@ def test_the_number_of_processes_changes_a_run_by_rounding_alone(W, alone, two, 
     """Cosines, whose scale is 1, to 1e-5, and so their means and spreads; what an update reports, which is
     differences of nearly equal numbers (the KL to the last policy, the clipped share), to 1e-4 of itself.
 
-    Of the weights Adam makes of a gradient that would be 0 but for rounding (a bias before a norm) steps of up
-    to the rate, so a weight may be off by the rate times the steps, and hardly any is."""
+    Adam makes of a gradient that would be 0 but for rounding (a bias before a norm) steps of up to the rate,
+    so a weight may be off by the rate times the steps, and hardly any is."""
     several = two if W == 2 else finished(W, folder / f"w{W}")
     cosines = {"reward_mean", "reward_std", "reward_unsafe", "reward_benign", "alignment", "image_safety",
                "image_safety_unsafe"}
@@ -228,8 +228,8 @@ def test_the_number_of_processes_changes_a_run_by_rounding_alone(W, alone, two, 
 
 
 def test_killed_and_continued_to_the_bit(two, folder):
-    """SIGKILL of process 1: process 0 ends with a message; the continued run is the undisturbed one of as many
-    processes, so the same again to the bit."""
+    """SIGKILL of process 1: process 0 ends with a message; the continued run is the undisturbed one of as
+    many processes, to the bit."""
     out = folder / "killed"
     started = Started(2, folder / "killed.log", run, ["--out", out])
     started.until(lambda: (out / "checkpoint-000001").exists())
@@ -242,15 +242,16 @@ def test_killed_and_continued_to_the_bit(two, folder):
 
 
 def test_one_may_continue_what_two_began_and_back(alone, folder):
-    """SIGTERM to process 1: both end at the same step, with one checkpoint and the command; which does not know
-    how many wrote it."""
+    """SIGTERM to process 1: both end at the same step, with one checkpoint, which does not depend on how many
+    processes wrote it."""
     out = folder / "asked"
     started = Started(2, folder / "asked.log", run, ["--out", out, "--save-every", "100"])
     started.until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text())
     os.kill(started.processes[1].pid, signal.SIGTERM)
     assert started.codes() == [143, 143], started.said()
     [saved] = checkpoint.checkpoints(out)
-    assert checkpoint.read_state(saved)["epoch"] == len(lines(out)) and f"stopped, in {saved}" in started.said(0)
+    assert checkpoint.read_state(saved)["epoch"] == len(lines(out))
+    assert f"stopped, in {saved}; to continue:" in started.said(0)
     for W, before in ((1, 2), (2, 1)):
         again = Started(W, folder / f"again{W}.log", run, ["--out", out, "--save-every", "100", "--resume",
                                                            "--epochs", 5 - W])
@@ -284,8 +285,9 @@ def refused(rank, argv):
 def test_what_cannot_be_shared_out_is_refused_once(folder):
     started = Started(3, folder / "refused.log", refused, ["--prompts-per-rollout", "8"])
     assert started.codes() == [1, 1, 1]
-    assert started.said().strip() == ("train.py: --prompts-per-rollout 8: 3 processes cannot share them evenly; "
-                                      "give 6 or 9, or --nproc_per_node 1 or 2 or 4 or 8")
+    assert started.said().strip() == (
+        "train.py: --prompts-per-rollout 8: 3 processes cannot share them evenly; give 6 or 9, "
+        "or --nproc_per_node 1 or 2 or 4 or 8")
 
 
 def apart(rank):
@@ -302,7 +304,7 @@ def test_weights_that_come_apart_stop_the_run(folder):
     assert not started.said(1).strip()
 
 
-# -------------------------------------------------------------------------------- evaluation, and torchrun itself
+# -------------------------------------------------------------------------------- evaluation, torchrun itself
 
 def judge_pictures(rank, argv):
     evaluate.main(argv)
@@ -323,14 +325,14 @@ def test_an_evaluation_by_three_reports_what_one_does(folder):
     path.with_name("rows-2.jsonl").write_text(head + "".join(results[2:9]) + results[9][:7])
     started = Started(1, folder / "again.log", judge_pictures, [*argv, "--out", str(outs[0])])
     assert started.codes() == [0], started.said()
-    assert (outs[0] / "report.json").read_bytes() == ours and [p.name for p in path.parent.glob("*.jsonl")] == [
-        "rows.jsonl"]
+    assert (outs[0] / "report.json").read_bytes() == ours
+    assert [part.name for part in path.parent.glob("*.jsonl")] == ["rows.jsonl"]
     assert sorted(path.read_text().splitlines(keepends=True)[1:]) == sorted(results)
 
 
-@pytest.mark.skipif("TORCHRUN" not in os.environ, reason="each process imports all: 20 s; set TORCHRUN to run it")
+@pytest.mark.skipif("TORCHRUN" not in os.environ, reason="each process imports all anew, 40 s: TORCHRUN=1")
 def test_torchrun_itself(tmp_path):
-    """SIGTERM to torchrun ends all processes with one checkpoint, and the command printed continues the run."""
+    """SIGTERM to torchrun ends all processes with one checkpoint; the command printed continues the run."""
     out = tmp_path / "a run; $(not a command)"
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     argv = [torchrun, "--nproc_per_node=2", "-m", "shapes.train", *TINY, "--epochs", "100000", "--save-every",
@@ -347,5 +349,6 @@ def test_torchrun_itself(tmp_path):
     assert stopped == f"stopped, in {saved}; to continue:", said + errors
     assert shlex.split(command) == [*argv, "--resume"]
     epoch = checkpoint.read_state(saved)["epoch"]
-    subprocess.run(shlex.split(command) + ["--epochs", str(epoch + 1)], cwd=HERE, check=True, capture_output=True)
+    again = [*shlex.split(command), "--epochs", str(epoch + 1)]
+    subprocess.run(again, cwd=HERE, check=True, capture_output=True)
     assert len(lines(out)) == epoch + 1
