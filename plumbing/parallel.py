@@ -49,8 +49,7 @@ def rank() -> int:
 
 
 def join():
-    """Meet the other processes that torchrun started, each on a GPU of its own where there are GPUs. When one
-    is done it just ends: process 0 may need longer, with pictures to draw and a report to write."""
+    """Meet the processes that torchrun started, each on a GPU of its own where there are GPUs."""
     if not dist.is_available() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         return
     cuda = torch.cuda.is_available()
@@ -69,8 +68,9 @@ def call(collective, *args):
     try:
         collective(*args)
     except RuntimeError as error:
+        why = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without the library's own lines
         raise Lost(f"process {rank()} of {world()} has lost another one, which was killed or is out of reach "
-                   f"({str(error).splitlines()[0]})") from None
+                   f"({why})") from None
 
 
 def gather(value, trouble=None) -> list:
