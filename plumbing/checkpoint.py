@@ -61,8 +61,8 @@ def open_run(args) -> Path:
 
 def begin(run: Path, policy, optimizer, args) -> int:
     """Start the run or put its newest checkpoint into policy and optimizer; returns the epochs done. Called
-    when all else is loaded, so that nothing of an old run is lost to a mistake in a flag. Of several processes
-    the first alone changes the folder, after all have looked at it and before any goes on."""
+    when all else is loaded, so that nothing of an old run is lost to a mistake in a flag. Of several
+    processes the first alone changes the folder, after all have looked at it and before any goes on."""
     found = checkpoints(run) if args.resume else []
     parallel.gather(None)
     if not parallel.rank():

@@ -82,8 +82,9 @@ def choose_device(args) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})") from None
     if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        raise ValueError(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes and there are "
-                         f"{torch.cuda.device_count()} GPUs: give --nproc_per_node {torch.cuda.device_count()}")
+        count = torch.cuda.device_count()
+        raise ValueError(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes and there are {count} "
+                         f"GPUs: give --nproc_per_node {count}")
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "bf16" and not bf16:
         raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has none; "

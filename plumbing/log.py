@@ -72,7 +72,8 @@ def memory(args, parts) -> dict:
     """Bytes of what a run holds, by arithmetic: {what: bytes}."""
     size = lambda network: sum(map(tensor_bytes, network.parameters()))
     trained = sum(tensor_bytes(p) for p in parts.policy.parameters() if p.requires_grad)
-    latents = 4 * len(parallel.share(args.prompts_per_rollout)) * args.group * (args.steps + 1) * math.prod(parts.latent_shape)
+    images = len(parallel.share(args.prompts_per_rollout)) * args.group  # of this process
+    latents = 4 * images * (args.steps + 1) * math.prod(parts.latent_shape)
     return {"weights": size(parts.policy), "gradients": trained,
             "moments": 2 * trained, "average": trained if args.ema else 0,
             "base": 0 if parts.base is parts.policy else size(parts.base),
