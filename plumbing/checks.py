@@ -81,10 +81,10 @@ def choose_device(args) -> torch.device:
         torch.zeros(1, device=device).item()  # a device that PyTorch can name may still be absent
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})") from None
-    if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes and there are {count} "
-                         f"GPUs: give --nproc_per_node {count}")
+    started, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if device.type == "cuda" and parallel.world() > 1 and started > count:
+        raise ValueError(f"torchrun started {started} processes and there are {count} GPUs: "
+                         f"give --nproc_per_node {count}")
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "bf16" and not bf16:
         raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has none; "
