@@ -37,7 +37,7 @@ from evaluation.rows import Row
 from evaluation.samplers import TRICKS
 from evaluation.statistics import merge
 from plumbing import parallel, stop
-from plumbing.models import check_pipeline_folder, local_folder
+from plumbing.models import check_model
 from sample import default_device
 
 SUITES = {"i2p": i2p, "geneval": geneval, "coco": coco, "prompts": prompts}
@@ -128,9 +128,8 @@ def check(args, models: dict) -> list[str]:
         raise ValueError("no CUDA device here: --device cpu and --noise cpu")
     flags = {args.model: "--model", args.base: "--base"}
     for name, _ in models.values():
-        folder = None if args.rescore else local_folder(flags.get(name, "--also"), name)
-        if folder:
-            check_pipeline_folder(folder)
+        if not args.rescore:
+            check_model(flags.get(name, "--also"), name, args.steps if args.sampler == "ddim" else 2, args.eta)
     if args.fid and not (args.save_images or args.rescore):
         raise ValueError("--fid reads the pictures from their files, as clean-fid does: add --save-images")
     if args.fid:

@@ -84,12 +84,14 @@ def steer(text, direction, alpha):
     return F.normalize(F.normalize(text, dim=-1) + alpha * direction, dim=-1)
 
 
-def preprocess(images, size: int, crop: int, mean, std):
-    """CLIP's own preparation, on the device and in one batch: shorter side to `size` (bicubic, antialiased),
-    centre crop, normalise. images (B, 3, H, W) in [0, 1] -> (B, 3, crop, crop)."""
+def preprocess(images, size, crop: int, mean, std):
+    """CLIP's own preparation, on the device and in one batch: shorter side to `size`, or to (height, width)
+    (bicubic, antialiased), centre crop, normalise. images (B, 3, H, W) in [0, 1] -> (B, 3, crop, crop)."""
     height, width = images.shape[-2:]
-    scale = size / min(height, width)
-    images = F.interpolate(images, (int(height * scale), int(width * scale)), mode="bicubic", antialias=True)
+    if isinstance(size, int):
+        scale = size / min(height, width)
+        size = int(height * scale), int(width * scale)
+    images = F.interpolate(images, size, mode="bicubic", antialias=True)
     top, left = (images.shape[-2] - crop) // 2, (images.shape[-1] - crop) // 2
     images = images[..., top:top + crop, left:left + crop].clamp(0, 1)  # a bicubic kernel overshoots at edges
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
@@ -109,8 +111,9 @@ class SteeringReward:
                  device="cpu", batch_size: int = 32):
         model, self.tokenizer, processor = clip
         self.clip = model.requires_grad_(False).eval().to(device)
-        self.geometry = (processor.size["shortest_edge"], processor.crop_size["height"],
-                         processor.image_mean, processor.image_std)
+        size = dict(processor.size)  # the shorter side, or both
+        self.geometry = (size.get("shortest_edge") or (size["height"], size["width"]),
+                         processor.crop_size["height"], processor.image_mean, processor.image_std)
         self.alpha, self.steered, self.device, self.batch_size = alpha, steered, device, batch_size
         self.direction = safety_direction(*map(self.embed_text, anchors), unit)
         self.kept = {}      # prompt -> its plain and its steered target

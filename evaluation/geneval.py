@@ -30,6 +30,7 @@ from evaluation.judges import fetch, loading, sha256
 from evaluation.rows import Row, finish, one_guidance
 from evaluation.statistics import Table
 from evaluation.tables import categories_of, safety_tables, utility_table
+from plumbing.models import load_network
 
 SETTINGS = dict(sampler="ddim", steps=50, eta=0.0, guidance=9.0, samples=4, judges="geneval", batch=8)
 HARMLESS = True
@@ -268,7 +269,7 @@ def judge_with(detector, embed_images, embed_texts, device="cpu", batch_size: in
 def make_judge(args, clip, files: dict):
     """judge_with under the flags, and what it is."""
     with loading(args.detector, "pass the folder with --detector"):
-        detector = Detector.from_pretrained(args.detector, use_safetensors=True)
+        detector = load_network(Detector, args.detector)
     judge = judge_with(detector.to(args.device).eval(), *clip("--q16-clip"), args.device)
     return judge, {"detector": args.detector, "colours": args.q16_clip, "cut": CUT,
                    "counting_cut": COUNTING_CUT, "official_detector": False}

@@ -23,6 +23,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
+from plumbing.models import load_network
+
 # name -> (URL, sha256). Q16's original prompt vectors (ml-research/Q16), those fine-tuned in UnsafeDiffusion
 # and released by RECE, and the Inception of clean-fid, for whose file no published sha256 is known.
 FILES = {
@@ -70,11 +72,11 @@ def fetch(url: str, expected: str, local: str | None, flag: str, cache: Path) ->
 
 
 @contextmanager
-def loading(what: str, instead: str, errors: tuple = (OSError,)):
+def loading(what: str, instead: str):
     """What cannot be loaded says what to do instead."""
     try:
         yield
-    except errors as error:
+    except OSError as error:
         raise OSError(f"cannot load {what} ({str(error).splitlines()[0]}); with no network, download it "
                       f"elsewhere and {instead}")
 
@@ -105,8 +107,8 @@ def clip_pixels(images: list, size: int):
 
 def load_clip(name: str, device="cpu", flag: str = "--q16-clip"):
     """embed_images(list of PIL) and embed_texts(list of str): unit rows (N, d), float32, on the CPU."""
-    with loading(f"the CLIP {name}", f"pass the folder with {flag}", (OSError, ValueError)):
-        clip = CLIPModel.from_pretrained(name, use_safetensors=True).to(device).float().eval()
+    with loading(f"the CLIP {name}", f"pass the folder with {flag}"):
+        clip = load_network(CLIPModel, name).to(device).eval()
         tokenizer = CLIPTokenizer.from_pretrained(name)
     size, length = clip.config.vision_config.image_size, clip.config.text_config.max_position_embeddings
 

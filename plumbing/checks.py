@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from plumbing import parallel
-from plumbing.models import check_clip, check_pipeline_folder, local_folder
+from plumbing.models import check_clip, check_pipeline_folder, check_scheduler, local_folder, pipeline_folder
 from reward import read_anchors, read_prompts
 
 TOKENIZED = 1000       # prompts tokenized at once; all at once take memory
@@ -52,12 +52,30 @@ def check_flags(args):
                          + " or ".join(str(n) for n in (P - P % W, P - P % W + W) if n)
                          + ", or --nproc_per_node "
                          + " or ".join(str(n) for n in range(1, P + 1) if P % n == 0))
+    check_updates(args)
+    if args.resume and args.overwrite:
+        raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
+
+
+def check_updates(args):
     most = args.prompts_per_rollout * args.group * trained_per_picture(args)
     if args.updates > most:
         raise ValueError(f"--updates {args.updates}: a rollout has {most} transitions to share out, "
                          "fewer than that")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
+
+
+def check_schedule(args, folder: Path):
+    """A step without noise has no density, so it is not trained: --skip-last is raised to leave it out."""
+    sigma = check_scheduler(folder, args.steps, args.eta).sigma
+    noisy = int((sigma > 0).cumprod(0).sum())
+    why = (f"has sigma 0 by timestep_spacing or set_alpha_to_one in {folder / 'scheduler/scheduler_config.json'}, "
+           "so no density to train")
+    if not noisy:
+        raise ValueError(f"--steps {args.steps}: the first step {why}; give more steps, or timestep_spacing leading")
+    if args.steps - noisy > args.skip_last:
+        args.skip_last = args.steps - noisy
+        print(f"note: step {noisy + 1} of {args.steps} {why}: --skip-last is {args.skip_last}")
+        check_updates(args)
 
 
 def trained_per_picture(args) -> int:
@@ -104,11 +122,8 @@ def fits_a_cpu(model: str) -> bool:
 def read_inputs(args):
     """All prompts and the anchors, (safe, unsafe). Refuses a --model or --clip that cannot work, from
     configurations and the heads of weight files alone, and names the prompts that CLIP cuts off. No weights
-    are read. Of a hub id, what is not on this disk is checked when it comes."""
+    are read; a hub id's files are fetched."""
     prompts, anchors = read_prompts(prompt_files(args)), read_anchors(args.anchors)
-    folder = local_folder("--model", args.model)
-    if folder is not None:
-        check_pipeline_folder(folder)
     limit = check_clip(args.clip).text_config.max_position_embeddings
     if args.lora_rank:
         try:
@@ -124,6 +139,9 @@ def read_inputs(args):
         more = f" and {len(long) - NAMED} more" if len(long) > NAMED else ""
         print(f"note: {len(long)} of {len(prompts)} prompts are longer than CLIP's {limit} tokens "
               f"and are cut there, as CLIP does: {', '.join(long[:NAMED])}{more}")
+    folder = pipeline_folder(args.model)
+    check_pipeline_folder(folder)
+    check_schedule(args, folder)
     return prompts, anchors
 
 
