@@ -51,6 +51,7 @@ def open_run(args) -> Path:
         raise ValueError(f"--resume: there is no run at {run}; leave --resume away to start one")
     if args.resume and checkpoints(run):
         compare_flags(checkpoints(run)[-1], args)
+        read_log(run / "metrics.jsonl")
     try:
         run.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run).close()
@@ -136,15 +137,25 @@ def file_hashes(args) -> dict:
 
 def cut_log(path: Path, epoch: int):
     """Cut metrics.jsonl back to the epochs that the checkpoint has; a kill may have torn the last line."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    write_text(path, "".join(line + "\n" for line, figures in read_log(path) if figures["epoch"] < epoch))
+
+
+def read_log(path: Path) -> list[tuple[str, dict]]:
+    """The lines of metrics.jsonl and what they hold. A last line that a kill has torn is left out; any other that
+    cannot be read is named."""
+    lines, found = path.read_bytes().split(b"\n") if path.exists() else [], []
+    for number, line in enumerate(lines, 1):
         try:
-            done = json.loads(line)["epoch"] < epoch
-        except (ValueError, KeyError, TypeError):
-            done = False
-        if done:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+            text = line.decode()
+            figures = json.loads(text) if line else None
+            if line and (type(figures["epoch"]) is not int or not all(
+                    value is None or type(value) in (int, float) for value in figures.values())):
+                raise ValueError("figures are numbers or null")
+            found += [(text, figures)] if line else []
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: damaged ({error!r}); remove that line") from None
+    return found
 
 
 def write_text(path: Path, text: str):
@@ -272,8 +283,14 @@ def save(run: Path, epoch: int, policy, optimizer, args, why: str = "") -> Path:
 def read_state(checkpoint: Path) -> dict:
     try:
         saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return {name: saved[name] for name in ("epoch", "flags", "versions", "files")} | saved
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        hashes = [one for name in FILE_FLAGS for one in saved["files"][name]]
+        texts = [*hashes, *(saved["versions"][name] for name in LIBRARIES), saved.get("stopped", "")]
+        if type(saved["epoch"]) is not int or saved["epoch"] < 0 or not isinstance(saved["flags"], dict):
+            raise ValueError("epoch and flags are not a number and an object")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("versions and files are not text")
+        return saved
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{checkpoint / 'state.json'}: damaged ({error!r}); remove {checkpoint} "
                          "to continue from the checkpoint before it") from None
 

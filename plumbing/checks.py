@@ -10,7 +10,8 @@ from transformers import CLIPTokenizer
 
 from plumbing import parallel
 from plumbing.models import check_clip, check_pipeline_folder, check_scheduler, local_folder, pipeline_folder
-from reward import read_anchors, read_prompts
+from plumbing.texts import read_prompts
+from reward import read_anchors
 
 TOKENIZED = 1000       # prompts tokenized at once; all at once take memory
 NAMED = 5              # prompts named in one message; more are counted

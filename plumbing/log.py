@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing import parallel
-from plumbing.checkpoint import tensor_bytes
+from plumbing.checkpoint import read_log, tensor_bytes
 from plumbing.checks import trained_per_picture
 from reward import steer
 
@@ -140,9 +140,11 @@ class Log:
     warned: set = field(default_factory=set)
 
     def __post_init__(self):
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                self.note(json.loads(line))
+        for number, (_, figures) in enumerate(read_log(self.path), 1):
+            try:
+                self.note(figures)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}, line {number}: damaged ({error!r}); remove that line") from None
 
     def note(self, figures: dict) -> list[str]:
         """Take a rollout's figures in; the warnings that hold for the first time."""
