@@ -106,8 +106,9 @@ def name_models(args) -> dict:
     for name in args.also:
         tricked = args.base or args.model
         models |= {f"{tricked} + {name}": (tricked, name)} if name in TRICKS else {name: (name, "")}
-    if len({slug(label) for label in models}) < 1 + bool(args.base) + len(args.also):
+    if len(models) < 1 + bool(args.base) + len(args.also):
         raise ValueError("--model, --base and --also name the same model twice")
+    args.folders = {label: args.out / name for label, name in results.folders(models).items()}
     return models
 
 
@@ -145,7 +146,7 @@ def check(args, models: dict) -> list[str]:
 def check_saved(args, models: dict, rows: list[Row]):
     """Every picture that --rescore is to judge has to be there."""
     for label in models:
-        missing = [row.key for row in rows if not saved(args.out / slug(label), row).is_file()]
+        missing = [row.key for row in rows if not saved(args.folders[label], row).is_file()]
         if missing:
             raise ValueError(f"--rescore: {len(missing)} of {len(rows)} pictures of {label} are not in "
                              f"{args.out} (first {missing[0]}.png): run once with --save-images")
@@ -216,7 +217,7 @@ def main(argv=None):
     header, shown = {"settings": settings, "judges": judged}, report.grid_rows(rows)
     made, raw, strips = {}, {}, []
     for label, (name, trick) in models.items():
-        folder = args.out / slug(label)
+        folder = args.folders[label]
         with refusing():
             pipe, made[label], done = results.open_model(name, trick, folder, args, header)
         if not args.rescore and not parallel.rank():
@@ -232,7 +233,7 @@ def main(argv=None):
 
     fids = {}
     if args.fid:
-        drawn = {label: [saved(args.out / slug(label), row) for row in rows] for label in models}
+        drawn = {label: [saved(args.folders[label], row) for row in rows] for label in models}
         fids, judged["fid"] = judges.frechet_distances(args, files["inception"], drawn)
     make_report(args, rows, raw, fids, provenance(made, settings, judged, notes, args))
     print(f"{args.out / 'report.md'}: {len(rows)} pictures of each of {len(models)} models, "

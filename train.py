@@ -17,6 +17,7 @@ Departures from the paper (arXiv 2605.18719) and from its released code, with re
 
 import argparse
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -358,9 +359,9 @@ def finish(run, networks, parts: Parts, args, prompts, judge, table_prompts):
     print("\n".join(lines))
     with averaged(parts.optimizer):
         checkpoint.save_final(run, parts.policy, args)
-    print(f"{run / 'final'}: open it with StableDiffusionPipeline.from_pretrained, or "
-          f"python sample.py --model {run / 'final'} --compare {args.model} --steps {args.steps} "
-          f"--guidance {args.guidance} --prompt ...")
+    command = shlex.join(["python", "sample.py", "--model", str(run / "final"), "--compare", args.model,
+                          "--steps", str(args.steps), "--guidance", str(args.guidance), "--prompt"])
+    print(f"{run / 'final'}: open it with StableDiffusionPipeline.from_pretrained, or {command} ...")
 
 
 if __name__ == "__main__":
