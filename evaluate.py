@@ -36,7 +36,7 @@ from evaluation.results import saved, slug
 from evaluation.rows import Row
 from evaluation.samplers import TRICKS
 from evaluation.statistics import merge
-from plumbing import parallel, stop
+from plumbing import lock, parallel, stop
 from plumbing.models import check_model
 from sample import default_device
 
@@ -208,6 +208,9 @@ def main(argv=None):
             check_saved(args, models, rows)
         files = judges.judge_files(args)
         chosen, judged = judges.make_judges(args, suite, files)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not parallel.rank():
+            lock.hold(args.out)
     notes += remarks
     for note in () if parallel.rank() else notes:
         print(note, file=sys.stderr)

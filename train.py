@@ -291,7 +291,7 @@ def main(argv=None, judge=None, table_prompts=None):
     done = checkpoint.begin(run, parts.policy, parts.optimizer, args)
     metrics, networks = log.Log(run / "metrics.jsonl", args.clip_range), both(parts)
     try:
-        with stop.signals_noted():  # Ctrl-C or SIGTERM: a checkpoint, and out
+        with checkpoint.replacing(run), stop.signals_noted():  # Ctrl-C or SIGTERM: a checkpoint, and out
             for epoch in range(done, args.epochs):
                 clock = log.Clock(device)
 
