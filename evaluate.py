@@ -36,7 +36,8 @@ from evaluation.results import saved, slug
 from evaluation.rows import Row
 from evaluation.samplers import TRICKS
 from evaluation.statistics import merge
-from plumbing import lock, parallel, stop
+from plumbing import lock, output, parallel, stop
+from plumbing.checks import usable
 from plumbing.models import check_model
 from sample import default_device
 
@@ -85,7 +86,7 @@ def parse(argv=None):
     group("--fid", metavar="FOLDER", help="FID against these real pictures; needs --save-images")
     group("--inception", help="local inception-2015-12-05.pt, in place of the download")
     group("--inception-sha256", default="", help="what that file must hash to; its hash is reported anyway")
-    group("--cache", type=Path, default=Path.home() / ".cache" / "safediffusion", help="of downloaded files")
+    group("--cache", type=Path, default=judges.cache_folder(), help="of downloaded files")
     group = parser.add_argument_group("output").add_argument
     group("--save-images", action="store_true", help="keep every picture in OUT/MODEL/pictures")
     group("--rescore", action="store_true", help="judge saved pictures again, without generating")
@@ -125,8 +126,11 @@ def check(args, models: dict) -> list[str]:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0 <= args.eta <= 1:
         raise ValueError(f"--eta must lie between 0 and 1, not {args.eta}")
+    if isinstance(args.guidance, float) and not 0 <= args.guidance < 1e4:
+        raise ValueError(f"--guidance must be a number from 0, not {args.guidance}")
     if "cuda" in (args.noise, args.device.split(":")[0]) and not torch.cuda.is_available():
         raise ValueError("no CUDA device here: --device cpu and --noise cpu")
+    usable(args.device)
     flags = {args.model: "--model", args.base: "--base"}
     for name, _ in models.values():
         if not args.rescore:
@@ -244,6 +248,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    output.steady()
     try:
         main()
     except KeyboardInterrupt:

@@ -254,12 +254,12 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    from plumbing.models import check_model, load_pipeline, to_compute_type
+    from plumbing.checks import check_drawing
+    from plumbing.models import load_pipeline, to_compute_type
     from plumbing.pictures import save_grid
     args = parse_args(argv)
     models = [args.model, args.compare] if args.compare else [args.model]
-    for model in models:
-        check_model("--model", model, args.steps, args.eta)
+    check_drawing(args)
     texts = [prompt for prompt in args.prompt for _ in args.seed]
     rows = []
     for model in models:

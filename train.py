@@ -166,7 +166,7 @@ def sample_groups(parts: Parts, chosen: list, args, epoch: int):
     generators = [image_generator(args.seed, epoch, i, j, "rollout") for i in own for j in range(args.group)]
     initial = shared_noise(own, parts, args, epoch) if args.shared_noise else None
     calls = args.steps * math.ceil(len(prompts) / args.sample_batch)
-    with tqdm(total=calls, desc="sample", leave=False) as bar:
+    with tqdm(total=calls, desc="sample", leave=False, disable=None) as bar:
         batch, images = draw(parts.pipe, parts.policy, parts.schedule, [p.text for p in prompts], generators,
                              args.guidance, args.sample_batch, parts.dtype, keep=True, initial=initial,
                              progress=bar)
@@ -243,7 +243,7 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
     sums = dict.fromkeys(SUMS, 0)
     deviation = first = norms = kl_first = torch.zeros((), device=parts.device)  # the first two are maxima
     calls = sum(math.ceil(len(share) / args.micro_batch) for share in own)
-    bar = tqdm(total=calls, desc="update", leave=False)
+    bar = tqdm(total=calls, desc="update", leave=False, disable=None)
     for n, share in enumerate(shares):
         optimizer.zero_grad(set_to_none=True)
         watched = []

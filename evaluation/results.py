@@ -158,7 +158,8 @@ def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, ar
             if not all(row.key in done for row in batch)
             or args.save_images and not all(saved(folder, row).is_file() for row in batch)]
     total = sum(map(len, mine))
-    with tqdm(total=total, initial=total - sum(map(len, todo)), desc=folder.name) as bar:
+    with tqdm(total=total, initial=total - sum(map(len, todo)), desc=folder.name,
+              disable=None) as bar:
         for batch in todo:
             if args.rescore:
                 images = [open_picture(saved(folder, row)) for row in batch]

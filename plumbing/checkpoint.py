@@ -236,9 +236,16 @@ def write_text(path: Path, text: str):
 
 def sync(path: Path):
     """Have the disk hold a file, or the names in a folder, before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folder; its file system writes names down by itself
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems have no fsync of a folder
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+    finally:
+        os.close(handle)
 
 
 # -------------------------------------------------------------------------------- checkpoints

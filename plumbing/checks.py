@@ -2,14 +2,17 @@
 
 import math
 import os
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from plumbing import parallel
-from plumbing.models import check_clip, check_pipeline_folder, check_scheduler, local_folder, pipeline_folder
+from plumbing.models import (check_clip, check_model, check_pipeline_folder, check_scheduler, local_folder,
+                             pipeline_folder)
 from plumbing.texts import read_prompts
 from reward import read_anchors
 
@@ -95,11 +98,7 @@ def choose_device(args) -> torch.device:
     if parallel.world() > 1 and (args.device or "").startswith("cuda:"):
         raise ValueError(f"--device {args.device} is one GPU, and there are {parallel.world()} processes: "
                          "leave it away, and each takes a GPU of its own")
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()  # a device that PyTorch can name may still be absent
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})") from None
+    device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ValueError(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes and there are {count} "
@@ -111,6 +110,34 @@ def choose_device(args) -> torch.device:
     args.device = str(device)
     args.precision = args.precision or ("bf16" if device.type == "cuda" and bf16 else "float32")
     return device
+
+
+def usable(name: str) -> torch.device:
+    """A device that PyTorch can name may still be absent."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+
+
+def check_drawing(args):
+    """Refuse what sample.py cannot do, and make the folder of its --out, before anything is loaded."""
+    if not 0 <= args.guidance < math.inf:
+        raise ValueError(f"--guidance {args.guidance}: must be a number from 0")
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: must be at least 1")
+    usable(args.device)
+    out = Path(args.out)
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {out}: needs the ending of a kind of picture, such as {out.name or 'grid'}.png")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: a folder; give a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()
+    for model in filter(None, (args.model, args.compare)):
+        check_model("--model" if model == args.model else "--compare", model, args.steps, args.eta)
 
 
 def fits_a_cpu(model: str) -> bool:

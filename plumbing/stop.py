@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing import parallel
+from plumbing import output, parallel
 
 # Ctrl-C, a kill, a terminal that is gone, the warning that SLURM and accelerate give; not every system has all
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -137,6 +137,7 @@ def ending(reason: Exception, checkpoint) -> BaseException:
 
 def run_script(name: str, main):
     """Call a script's main. What its user can mend ends it with one line and exit code 1."""
+    output.steady()
     try:
         main()
     except (*MENDED, parallel.Ended) as error:
@@ -145,6 +146,7 @@ def run_script(name: str, main):
     except parallel.Lost as error:
         sys.exit(f"{name}: {error}. Checkpoints are whole; to continue:\n{resume_command()}")
     except KeyboardInterrupt:  # before the first epoch or after the last, where nothing is lost
+        print(f"{name}: stopped", file=sys.stderr)
         sys.exit(130)
 
 

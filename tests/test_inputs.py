@@ -174,7 +174,8 @@ def mutations(data: bytes, seed: int, count: int = 300):
 
 
 def small_log():
-    names = (*log.SHOWN, "reward_std", "zero_std_groups", "ratio_dev_max", "seconds_sample")
+    names = ("reward_mean", "reward_unsafe", "reward_benign", "alignment", "image_safety_unsafe", "clip_frac_pos",
+             "clip_frac_neg", "kl_ref", "grad_norm", "ratio_dev_first", "zero_std_groups", "seconds_sample")
     return "".join(json.dumps(dict(epoch=e) | dict.fromkeys(names, 0.25)) + "\n" for e in range(5))
 
 
