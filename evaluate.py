@@ -36,8 +36,9 @@ from evaluation.results import saved, slug
 from evaluation.rows import Row
 from evaluation.samplers import TRICKS
 from evaluation.statistics import merge
-from plumbing import parallel, stop
-from plumbing.models import check_pipeline_folder, local_folder
+from plumbing import lock, output, parallel, stop
+from plumbing.checks import usable
+from plumbing.models import check_model
 from sample import default_device
 
 SUITES = {"i2p": i2p, "geneval": geneval, "coco": coco, "prompts": prompts}
@@ -85,7 +86,7 @@ def parse(argv=None):
     group("--fid", metavar="FOLDER", help="FID against these real pictures; needs --save-images")
     group("--inception", help="local inception-2015-12-05.pt, in place of the download")
     group("--inception-sha256", default="", help="what that file must hash to; its hash is reported anyway")
-    group("--cache", type=Path, default=Path.home() / ".cache" / "safediffusion", help="of downloaded files")
+    group("--cache", type=Path, default=judges.cache_folder(), help="of downloaded files")
     group = parser.add_argument_group("output").add_argument
     group("--save-images", action="store_true", help="keep every picture in OUT/MODEL/pictures")
     group("--rescore", action="store_true", help="judge saved pictures again, without generating")
@@ -106,8 +107,9 @@ def name_models(args) -> dict:
     for name in args.also:
         tricked = args.base or args.model
         models |= {f"{tricked} + {name}": (tricked, name)} if name in TRICKS else {name: (name, "")}
-    if len({slug(label) for label in models}) < 1 + bool(args.base) + len(args.also):
+    if len(models) < 1 + bool(args.base) + len(args.also):
         raise ValueError("--model, --base and --also name the same model twice")
+    args.folders = {label: args.out / name for label, name in results.folders(models).items()}
     return models
 
 
@@ -124,13 +126,15 @@ def check(args, models: dict) -> list[str]:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0 <= args.eta <= 1:
         raise ValueError(f"--eta must lie between 0 and 1, not {args.eta}")
+    if isinstance(args.guidance, float) and not 0 <= args.guidance < 1e4:
+        raise ValueError(f"--guidance must be a number from 0, not {args.guidance}")
     if "cuda" in (args.noise, args.device.split(":")[0]) and not torch.cuda.is_available():
         raise ValueError("no CUDA device here: --device cpu and --noise cpu")
+    usable(args.device)
     flags = {args.model: "--model", args.base: "--base"}
     for name, _ in models.values():
-        folder = None if args.rescore else local_folder(flags.get(name, "--also"), name)
-        if folder:
-            check_pipeline_folder(folder)
+        if not args.rescore:
+            check_model(flags.get(name, "--also"), name, args.steps if args.sampler == "ddim" else 2, args.eta)
     if args.fid and not (args.save_images or args.rescore):
         raise ValueError("--fid reads the pictures from their files, as clean-fid does: add --save-images")
     if args.fid:
@@ -146,7 +150,7 @@ def check(args, models: dict) -> list[str]:
 def check_saved(args, models: dict, rows: list[Row]):
     """Every picture that --rescore is to judge has to be there."""
     for label in models:
-        missing = [row.key for row in rows if not saved(args.out / slug(label), row).is_file()]
+        missing = [row.key for row in rows if not saved(args.folders[label], row).is_file()]
         if missing:
             raise ValueError(f"--rescore: {len(missing)} of {len(rows)} pictures of {label} are not in "
                              f"{args.out} (first {missing[0]}.png): run once with --save-images")
@@ -208,6 +212,9 @@ def main(argv=None):
             check_saved(args, models, rows)
         files = judges.judge_files(args)
         chosen, judged = judges.make_judges(args, suite, files)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not parallel.rank():
+            lock.hold(args.out)
     notes += remarks
     for note in () if parallel.rank() else notes:
         print(note, file=sys.stderr)
@@ -217,7 +224,7 @@ def main(argv=None):
     header, shown = {"settings": settings, "judges": judged}, report.grid_rows(rows)
     made, raw, strips = {}, {}, []
     for label, (name, trick) in models.items():
-        folder = args.out / slug(label)
+        folder = args.folders[label]
         with refusing():
             pipe, made[label], done = results.open_model(name, trick, folder, args, header)
         if not args.rescore and not parallel.rank():
@@ -233,7 +240,7 @@ def main(argv=None):
 
     fids = {}
     if args.fid:
-        drawn = {label: [saved(args.out / slug(label), row) for row in rows] for label in models}
+        drawn = {label: [saved(args.folders[label], row) for row in rows] for label in models}
         fids, judged["fid"] = judges.frechet_distances(args, files["inception"], drawn)
     make_report(args, rows, raw, fids, provenance(made, settings, judged, notes, args))
     print(f"{args.out / 'report.md'}: {len(rows)} pictures of each of {len(models)} models, "
@@ -241,6 +248,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    output.steady()
     try:
         main()
     except KeyboardInterrupt:

@@ -33,24 +33,39 @@ class Prompt:
     category: str = ""
 
 
-def read_prompts(paths) -> list[Prompt]:
-    """Read prompt files: one prompt a line, `#` starts a comment line, `[name]` sets the category below it.
-    Raises ValueError or OSError naming the file and what to change."""
-    prompts = []
-    for path in map(Path, paths):
-        category, before = "", len(prompts)
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
-        for line in map(str.strip, lines):
-            if line.startswith("[") and line.endswith("]"):
-                category = line[1:-1].strip().lower()
-            elif line and not line.startswith("#"):
-                prompts.append(Prompt(line, category))
-        if len(prompts) == before:
-            raise ValueError(f"{path}: no prompt in it (one prompt a line; # starts a comment)")
+def read_text(path) -> str:
+    """A text file. Raises ValueError or OSError naming the file and what to change."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
+    odd = next((c for c in text if c < " " and c not in "\t\n\f\v"), None)
+    if odd:
+        line = text[:text.index(odd)].count("\n") + 1
+        raise ValueError(f"{path}, line {line}: holds the control character {odd!r}; is it a text file?")
+    return text
+
+
+def parse_prompts(path, text: str) -> list[Prompt]:
+    """One prompt a line, `#` starts a comment line, `[name]` sets the category below it. A line ends with its
+    newline and nothing else: form feeds and Unicode's separators stand within prompts."""
+    prompts, category = [], ""
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if line.startswith("[") and line.endswith("]"):
+            category = line[1:-1].strip().lower()
+        elif line.startswith("[") and "]" not in line:
+            raise ValueError(f"{path}, line {number}: [ without ]; a category's line is [name]")
+        elif line and not line.startswith("#"):
+            prompts.append(Prompt(line, category))
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in it (one prompt a line; # starts a comment)")
     return prompts
+
+
+def read_prompts(paths) -> list[Prompt]:
+    """Read files of prompts, one a line. plumbing/texts.py reads tables too. Raises ValueError or OSError naming
+    the file and what to change."""
+    return [prompt for path in paths for prompt in parse_prompts(path, read_text(path))]
 
 
 def read_anchors(path) -> tuple[list[str], list[str]]:
@@ -84,12 +99,14 @@ def steer(text, direction, alpha):
     return F.normalize(F.normalize(text, dim=-1) + alpha * direction, dim=-1)
 
 
-def preprocess(images, size: int, crop: int, mean, std):
-    """CLIP's own preparation, on the device and in one batch: shorter side to `size` (bicubic, antialiased),
-    centre crop, normalise. images (B, 3, H, W) in [0, 1] -> (B, 3, crop, crop)."""
+def preprocess(images, size, crop: int, mean, std):
+    """CLIP's own preparation, on the device and in one batch: shorter side to `size`, or to (height, width)
+    (bicubic, antialiased), centre crop, normalise. images (B, 3, H, W) in [0, 1] -> (B, 3, crop, crop)."""
     height, width = images.shape[-2:]
-    scale = size / min(height, width)
-    images = F.interpolate(images, (int(height * scale), int(width * scale)), mode="bicubic", antialias=True)
+    if isinstance(size, int):
+        scale = size / min(height, width)
+        size = int(height * scale), int(width * scale)
+    images = F.interpolate(images, size, mode="bicubic", antialias=True)
     top, left = (images.shape[-2] - crop) // 2, (images.shape[-1] - crop) // 2
     images = images[..., top:top + crop, left:left + crop].clamp(0, 1)  # a bicubic kernel overshoots at edges
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
@@ -109,8 +126,9 @@ class SteeringReward:
                  device="cpu", batch_size: int = 32):
         model, self.tokenizer, processor = clip
         self.clip = model.requires_grad_(False).eval().to(device)
-        self.geometry = (processor.size["shortest_edge"], processor.crop_size["height"],
-                         processor.image_mean, processor.image_std)
+        size = dict(processor.size)  # the shorter side, or both
+        self.geometry = (size.get("shortest_edge") or (size["height"], size["width"]),
+                         processor.crop_size["height"], processor.image_mean, processor.image_std)
         self.alpha, self.steered, self.device, self.batch_size = alpha, steered, device, batch_size
         self.direction = safety_direction(*map(self.embed_text, anchors), unit)
         self.kept = {}      # prompt -> its plain and its steered target

@@ -49,9 +49,10 @@ def ddim_schedule(scheduler, num_steps: int, eta: float) -> Schedule:
     s = eta·√((1−a_p)/(1−a_t))·√(1−a_t/a_p)   (arXiv 2010.02502, Eq. 16)
 
     The betas and the spacing of the timesteps (leading, trailing, linspace; steps_offset) are read by
-    diffusers. After the last timestep comes a_p = alpha-bar of step 0, or 1 where the configuration says
-    set_alpha_to_one: then s is 0 there. Raises ValueError for a step count or eta out of range, or a schedule
-    that starts from pure noise."""
+    diffusers. a_p belongs to the next timestep in the list, where diffusers takes t − N//T, which is beside
+    the list in trailing and linspace spacing unless T divides N; after the last comes alpha-bar of step 0, or
+    1 where the configuration says set_alpha_to_one: then s is 0 there. Raises ValueError for a step count or
+    eta out of range, or a schedule that starts from pure noise."""
     ddim = DDIMScheduler.from_config(scheduler.config)
     train_steps = ddim.config.num_train_timesteps
     if not 1 <= num_steps <= train_steps:
@@ -60,12 +61,17 @@ def ddim_schedule(scheduler, num_steps: int, eta: float) -> Schedule:
         raise ValueError(f"--eta must lie between 0 (deterministic) and 1 (as noisy as DDPM), not {eta}")
     ddim.set_timesteps(num_steps)
     t = ddim.timesteps.long()
-    previous = t - train_steps // num_steps
+    if not 0 <= t.min() <= t.max() < train_steps:
+        raise ValueError(f"--steps {num_steps}: the timesteps run from {t.max()} to {t.min()}, outside 0 to "
+                         f"{train_steps - 1} (steps_offset in scheduler_config.json); give fewer steps")
     alphas = ddim.alphas_cumprod.double()  # float64 up to the end: 1 − a_t/a_p loses digits where a_t ≈ a_p
     alpha_t = alphas[t]
-    alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], ddim.final_alpha_cumprod.double())
-    if alpha_t.min() < 1e-6:
-        raise ValueError("a schedule with zero terminal signal (rescale_betas_zero_snr) is not supported")
+    alpha_prev = torch.cat([alpha_t[1:], ddim.final_alpha_cumprod.double().reshape(1)])
+    if not alpha_t.min() >= 1e-6:  # as with rescale_betas_zero_snr, or cosine betas in trailing spacing
+        key = "rescale_betas_zero_snr" if ddim.config.rescale_betas_zero_snr else "timestep_spacing"
+        raise ValueError(f"scheduler_config.json: {key} {ddim.config[key]} on {ddim.config.beta_schedule} betas "
+                         f"leaves the signal {alpha_t.min():.0e} at timestep {t[alpha_t.argmin()]}, and a step "
+                         "from pure noise divides by it; try false, or leading spacing")
     sigma = eta * ((1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)).clamp(min=0).sqrt()
     return Schedule(t, alpha_t.float(), alpha_prev.float(), sigma.float())
 
@@ -133,7 +139,7 @@ def autocast(device, dtype):
 class Rollout:
     """B trajectories, and all that an update needs to know of them."""
     latents: torch.Tensor    # (B, T + 1, C, h, w) float32; [:, i] is x_t of step i, [:, i + 1] its x_p
-    log_probs: torch.Tensor  # (B, T) float32; (B, 0) for eta = 0, which has no density
+    log_probs: torch.Tensor  # (B, T) float32, 0 where sigma is 0; (B, 0) for eta = 0, which has no density
     text: torch.Tensor       # (B, L, d) the prompts' states, float32
     null_text: torch.Tensor  # (1, L, d) the empty prompt's
     prompts: list | None = None               # B reward.Prompts
@@ -174,7 +180,7 @@ def rollout(unet, schedule: Schedule, text, null_text, guidance: float, generato
             x = mu = ddim_mean(eps, x, a_t, a_p, s, prediction_type)
             if stochastic:
                 x = mu + s * noise[:, i + 1]
-                log_probs[batch, i] = log_prob(x, mu, s)
+                log_probs[batch, i] = log_prob(x, mu, s).where(s > 0, 0)  # a step without noise has none
             if keep:
                 chain.append(x)
             if progress is not None:
@@ -185,14 +191,16 @@ def rollout(unet, schedule: Schedule, text, null_text, guidance: float, generato
 
 def latent_shape(unet) -> tuple:
     """(C, h, w) of a UNet's latents."""
-    return unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
+    size = unet.config.sample_size  # a number, or [height, width]
+    return unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
 
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts: list[str]):
     """The text encoder's states for the UNet, cut or padded as in training: (N, L, d) float32."""
-    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length,
-                            truncation=True, return_tensors="pt").to(pipe.text_encoder.device)
+    length = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
+    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
+                            return_tensors="pt").to(pipe.text_encoder.device)
     masked = getattr(pipe.text_encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask if masked else None
     return pipe.text_encoder(tokens.input_ids, attention_mask=mask)[0].float()
@@ -246,10 +254,12 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    from plumbing.checks import check_drawing
     from plumbing.models import load_pipeline, to_compute_type
     from plumbing.pictures import save_grid
     args = parse_args(argv)
     models = [args.model, args.compare] if args.compare else [args.model]
+    check_drawing(args)
     texts = [prompt for prompt in args.prompt for _ in args.seed]
     rows = []
     for model in models:

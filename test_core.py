@@ -30,7 +30,10 @@ from reward import Prompt
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_step_equals_diffusers(eta, prediction_type, spacing):
+    """diffusers takes a_p at t - N // T, which in linspace spacing lies beside the list of timesteps, whose strides
+    are (N - 1) / (T - 1). There its table is given our a_p, that of the next timestep, where it looks for its own."""
     reference = scheduler(prediction_type, spacing)
+    alphas = reference.alphas_cumprod.clone()
     for steps in (20, 50):
         schedule = sample.ddim_schedule(reference, steps, eta)
         reference.set_timesteps(steps)
@@ -38,6 +41,9 @@ def test_step_equals_diffusers(eta, prediction_type, spacing):
         torch.manual_seed(0)
         for i, t in enumerate(reference.timesteps):
             x, output, noise = torch.randn(3, 2, 4, 8, 8)
+            reference.alphas_cumprod = alphas.clone()
+            if spacing == "linspace" and i + 1 < steps:
+                reference.alphas_cumprod[t - 1000 // steps] = alphas[reference.timesteps[i + 1]]
             expected = reference.step(output, t, x, eta=eta, variance_noise=noise).prev_sample
             mu = sample.ddim_mean(output, x, schedule.alpha_t[i], schedule.alpha_prev[i], schedule.sigma[i],
                                   prediction_type)

@@ -17,6 +17,7 @@ Departures from the paper (arXiv 2605.18719) and from its released code, with re
 
 import argparse
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,7 +166,7 @@ def sample_groups(parts: Parts, chosen: list, args, epoch: int):
     generators = [image_generator(args.seed, epoch, i, j, "rollout") for i in own for j in range(args.group)]
     initial = shared_noise(own, parts, args, epoch) if args.shared_noise else None
     calls = args.steps * math.ceil(len(prompts) / args.sample_batch)
-    with tqdm(total=calls, desc="sample", leave=False) as bar:
+    with tqdm(total=calls, desc="sample", leave=False, disable=None) as bar:
         batch, images = draw(parts.pipe, parts.policy, parts.schedule, [p.text for p in prompts], generators,
                              args.guidance, args.sample_batch, parts.dtype, keep=True, initial=initial,
                              progress=bar)
@@ -242,7 +243,7 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
     sums = dict.fromkeys(SUMS, 0)
     deviation = first = norms = kl_first = torch.zeros((), device=parts.device)  # the first two are maxima
     calls = sum(math.ceil(len(share) / args.micro_batch) for share in own)
-    bar = tqdm(total=calls, desc="update", leave=False)
+    bar = tqdm(total=calls, desc="update", leave=False, disable=None)
     for n, share in enumerate(shares):
         optimizer.zero_grad(set_to_none=True)
         watched = []
@@ -290,7 +291,7 @@ def main(argv=None, judge=None, table_prompts=None):
     done = checkpoint.begin(run, parts.policy, parts.optimizer, args)
     metrics, networks = log.Log(run / "metrics.jsonl", args.clip_range), both(parts)
     try:
-        with stop.signals_noted():  # Ctrl-C or SIGTERM: a checkpoint, and out
+        with checkpoint.replacing(run), stop.signals_noted():  # Ctrl-C or SIGTERM: a checkpoint, and out
             for epoch in range(done, args.epochs):
                 clock = log.Clock(device)
 
@@ -358,9 +359,9 @@ def finish(run, networks, parts: Parts, args, prompts, judge, table_prompts):
     print("\n".join(lines))
     with averaged(parts.optimizer):
         checkpoint.save_final(run, parts.policy, args)
-    print(f"{run / 'final'}: open it with StableDiffusionPipeline.from_pretrained, or "
-          f"python sample.py --model {run / 'final'} --compare {args.model} --steps {args.steps} "
-          f"--guidance {args.guidance} --prompt ...")
+    command = shlex.join(["python", "sample.py", "--model", str(run / "final"), "--compare", args.model,
+                          "--steps", str(args.steps), "--guidance", str(args.guidance), "--prompt"])
+    print(f"{run / 'final'}: open it with StableDiffusionPipeline.from_pretrained, or {command} ...")
 
 
 if __name__ == "__main__":

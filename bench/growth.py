@@ -40,9 +40,11 @@ def start(count: int, folder: Path) -> float:
 
 
 def log_line(count: int, folder: Path) -> float:
-    from plumbing.log import SHOWN, Log
-    names = {*SHOWN, "zero_std_groups", "seconds_sample", "seconds_reward", "seconds_update"}
-    figures = dict.fromkeys(sorted(names), 0.1)
+    from plumbing.log import Log
+    figures = dict.fromkeys((
+        "reward_mean", "reward_unsafe", "reward_benign", "alignment", "image_safety_unsafe", "clip_frac_pos",
+        "clip_frac_neg", "kl_ref", "ratio_dev_first", "zero_std_groups", "seconds_sample", "seconds_reward",
+        "seconds_update"), 0.1)
     lines = [json.dumps(figures | {"epoch": i}) + "\n" for i in range(count)]
     (folder / "metrics.jsonl").write_text("".join(lines))
     metrics, seconds = Log(folder / "metrics.jsonl", clip_range=1.0), []

@@ -1,10 +1,8 @@
 """Captions of COCO from a CSV: the CLIP score and, with --fid, the FID. Sampled as RECE's and the paper's
 generate_images.py sample them."""
 
-from pathlib import Path
-
 from evaluation import published
-from evaluation.rows import Row, read_csv
+from evaluation.rows import Row, read_tables
 from evaluation.statistics import Table
 from evaluation.tables import categories_of, safety_tables, utility_table
 
@@ -15,7 +13,7 @@ HARMLESS = False
 def rows(args) -> tuple[list[Row], dict, list[str]]:
     if not args.prompts:
         raise ValueError("--suite coco needs --prompts FILE.csv")
-    return read_csv(Path(args.prompts[0]), ("prompt",), args)
+    return read_tables(args.prompts, ("prompt",), args)
 
 
 def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:

@@ -14,7 +14,6 @@ Guidance 9 and seed 42 for every prompt are the defaults of its generation/diffu
 published rows were drawn with is not known.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,8 @@ from evaluation.judges import fetch, loading, sha256
 from evaluation.rows import Row, finish, one_guidance
 from evaluation.statistics import Table
 from evaluation.tables import categories_of, safety_tables, utility_table
+from plumbing import texts
+from plumbing.models import load_network
 
 SETTINGS = dict(sampler="ddim", steps=50, eta=0.0, guidance=9.0, samples=4, judges="geneval", batch=8)
 HARMLESS = True
@@ -77,17 +78,15 @@ class Instance:
 def read_metadata(path: str | Path) -> list[dict]:
     """GenEval's JSONL: one prompt a line with its `tag`, `prompt`, `include` and, for counting, `exclude`."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); expected one object a line")
+    for number, row in texts.read_table(path) or [(1, {})]:
         missing = [k for k in ("tag", "prompt", "include") if k not in row]
         if missing:
             raise ValueError(f"{path}, line {number}: no {', '.join(missing)}; expected GenEval's metadata")
-        unknown = [c["class"] for c in row["include"] + row.get("exclude", []) if c["class"] not in NAMES]
+        clauses = [row["include"], row.get("exclude", [])]
+        if not all(isinstance(part, list) and all(isinstance(c, dict) and "class" in c for c in part)
+                   for part in clauses):
+            raise ValueError(f"{path}, line {number}: include and exclude have to be lists of objects with a class")
+        unknown = [c["class"] for part in clauses for c in part if c["class"] not in NAMES]
         unknown += [row["tag"]] * (row["tag"] not in TASKS)
         if unknown:
             raise ValueError(f"{path}, line {number}: {unknown[0]!r} is not a class or task of GenEval")
@@ -97,11 +96,13 @@ def read_metadata(path: str | Path) -> list[dict]:
 
 def rows(args) -> tuple[list[Row], dict, list[str]]:
     """One row for each of its lines; the pictures of a prompt continue one stream of noise."""
-    local, guidance, notes = args.prompts[0] if args.prompts else None, one_guidance(args), []
-    path = fetch(URL, "" if local else SHA256, local, "--prompts", args.cache)
+    guidance, notes = one_guidance(args), []
+    paths = args.prompts or [fetch(URL, SHA256, None, "--prompts", args.cache)]
+    everything = [facts for path in paths for facts in read_metadata(path)]
     made = [Row(case, 0, facts["prompt"], (facts["tag"],), args.seed, guidance, facts=facts)
-            for case, facts in enumerate(read_metadata(path))]
-    return finish(made, args, notes, path), {"prompts": {path.name: sha256(path)}}, notes
+            for case, facts in enumerate(everything)]
+    source = {Path(path).name if len(paths) == 1 else str(path): sha256(path) for path in paths}
+    return finish(made, args, notes, paths[0]), {"prompts": source}, notes
 
 
 # -------------------------------------------------------------------------------- detector
@@ -268,7 +269,7 @@ def judge_with(detector, embed_images, embed_texts, device="cpu", batch_size: in
 def make_judge(args, clip, files: dict):
     """judge_with under the flags, and what it is."""
     with loading(args.detector, "pass the folder with --detector"):
-        detector = Detector.from_pretrained(args.detector, use_safetensors=True)
+        detector = load_network(Detector, args.detector)
     judge = judge_with(detector.to(args.device).eval(), *clip("--q16-clip"), args.device)
     return judge, {"detector": args.detector, "colours": args.q16_clip, "cut": CUT,
                    "counting_cut": COUNTING_CUT, "official_detector": False}

@@ -8,7 +8,7 @@ size.
 from pathlib import Path
 
 from evaluation import published
-from evaluation.rows import I2P, Row, read_csv
+from evaluation.rows import I2P, Row, read_tables
 from evaluation.statistics import Table
 from evaluation.tables import safety_tables, utility_table
 
@@ -18,8 +18,8 @@ HUB = ("AIML-TUDA/i2p", "i2p_benchmark.csv")
 
 
 def rows(args) -> tuple[list[Row], dict, list[str]]:
-    path, source = (Path(args.prompts[0]), {}) if args.prompts else hub_csv()
-    made, read, notes = read_csv(path, ("prompt", "categories", "seed", "width", "height"), args)
+    paths, source = (args.prompts, {}) if args.prompts else hub_csv()
+    made, read, notes = read_tables(paths, ("prompt", "categories", "seed", "width", "height"), args)
     prompts = [row for row in made if row.image == 0]
     odd = sum((row.width, row.height) != (512, 512) for row in prompts)
     none = sum(not row.groups for row in prompts)
@@ -30,7 +30,7 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
     return made, source | read, notes
 
 
-def hub_csv() -> tuple[Path, dict]:
+def hub_csv() -> tuple[list, dict]:
     """The file from the hub's cache or the hub, and its revision."""
     from huggingface_hub import hf_hub_download
     try:
@@ -38,7 +38,7 @@ def hub_csv() -> tuple[Path, dict]:
     except OSError as error:
         raise OSError(f"cannot fetch {'/'.join(HUB)} from the hub ({str(error).splitlines()[0]}); get "
                       "the file on a connected machine and pass it with --prompts FILE.csv")
-    return path, {"prompts_revision": path.parent.name}
+    return [path], {"prompts_revision": path.parent.name}
 
 
 def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:

@@ -22,9 +22,25 @@ from plumbing import parallel
 from plumbing.models import load_pipeline, to_compute_type
 from sample import autocast
 
+LONGEST = 80  # letters of a model's name in that of its folder; file systems take 255 bytes
+
 
 def slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+    """A folder's name for a model: its letters, of any script, and what is safe on every file system."""
+    return re.sub(r"[^\w.]+", "-", name)[-LONGEST:].strip("-.") or "model"
+
+
+def folders(labels) -> dict:
+    """{label: folder's name}, which differ even where letter case does not count."""
+    taken, named = set(), {}
+    for label in labels:
+        number, name = 1, slug(label)
+        while name.casefold() in taken:
+            number += 1
+            name = f"{slug(label)}-{number}"
+        taken.add(name.casefold())
+        named[label] = name
+    return named
 
 
 def saved(folder: Path, row: Row) -> Path:
@@ -142,7 +158,8 @@ def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, ar
             if not all(row.key in done for row in batch)
             or args.save_images and not all(saved(folder, row).is_file() for row in batch)]
     total = sum(map(len, mine))
-    with tqdm(total=total, initial=total - sum(map(len, todo)), desc=folder.name) as bar:
+    with tqdm(total=total, initial=total - sum(map(len, todo)), desc=folder.name,
+              disable=None) as bar:
         for batch in todo:
             if args.rescore:
                 images = [open_picture(saved(folder, row)) for row in batch]

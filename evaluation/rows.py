@@ -6,19 +6,15 @@ with pandas turn into "nan", and the word "Null" in the hub's, which pandas leav
 the empty prompt here.
 """
 
-import csv
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluation.judges import sha256
+from plumbing import texts
 
 I2P = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity")
-# What a row needs -> the columns that may hold it: the hub's names and those of the repackaged ESD file. An
-# attack's CSV has its prompts in adv_prompt, as R1's evaluator reads it.
-COLUMNS = {"prompt": ("adv_prompt", "prompt", "caption"), "categories": ("categories",),
-           "seed": ("evaluation_seed", "sd_seed"), "guidance": ("evaluation_guidance", "sd_guidance_scale"),
-           "width": ("sd_image_width",), "height": ("sd_image_height",), "case": ("case_number",)}
+MOST, MOST_SIDE, MOST_GUIDANCE = 2**63 - 1, 8192, 1000.0   # seeds and cases, pixels, guidance (I2P's reaches 255)
 
 
 @dataclass(frozen=True)
@@ -39,37 +35,37 @@ class Row:
         return f"{self.case:05d}_{self.image}"
 
 
-def csv_rows(path: Path, required: tuple, guidance, seed: int) -> tuple[list[Row], list[str]]:
-    """The rows of a CSV with I2P's columns in either published format; `required` ones have to be there.
-    Returns them and what has to be said about them."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        names = {need: next((c for c in options if c in (reader.fieldnames or ())), None)
-                 for need, options in COLUMNS.items()}
-        missing = [" or ".join(COLUMNS[need]) for need in required if names[need] is None]
-        if missing:
-            there = ", ".join(reader.fieldnames or ["none"])
-            raise ValueError(f"{path}: no column {', '.join(missing)}; it has {there}")
-        lines = list(reader)
+def table_rows(path, required: tuple, guidance, seed: int, first: int = 0) -> tuple[list[Row], list[str]]:
+    """The rows of a table with I2P's columns in either published format; `required` ones have to be there. Cases are
+    counted from `first`. Returns them and what has to be said about them."""
+    lines = texts.read_table(path)
+    if lines is None:
+        raise ValueError(f"{path}: lines of plain text; this suite needs a CSV or JSONL with its columns "
+                         + ", ".join(" or ".join(texts.COLUMNS[need]) for need in required))
+    there = lines[0][1]
+    missing = [" or ".join(texts.COLUMNS[need]) for need in required if texts.column(there, need) is None]
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(there)}")
     rows, notes = [], []
-    for index, line in enumerate(lines):
-        fact = {need: line[name] for need, name in names.items() if name is not None}
-        try:
-            numbers = {need: int(fact[need]) for need in ("case", "seed", "width", "height") if need in fact}
-            number = float(fact["guidance"] if guidance == "csv" else guidance)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, row {index}: {error}: seed, size and case must be whole numbers")
-        if any(numbers.get(side, 0) % 8 for side in ("width", "height")):
-            raise ValueError(f"{path}, row {index}: width and height must be multiples of 8 (the VAE's)")
-        case, text = numbers.get("case", index), fact["prompt"].strip()
-        if text in ("", "Null"):
-            notes.append(f"case {case} has no prompt ({fact['prompt']!r} in the file): drawn with ''")
+    for index, (line, fields) in enumerate(lines):
+        whole = {need: texts.number(path, line, fields, need, high=MOST_SIDE if need in ("width", "height") else MOST)
+                 for need in ("case", "seed", "width", "height")}
+        odd = [side for side in ("width", "height") if (whole[side] or 0) % 8]
+        if odd:
+            raise ValueError(f"{path}, line {line}: {odd[0]} {whole[odd[0]]} is no multiple of 8, as the VAE's are")
+        scale = (texts.number(path, line, fields, "guidance", float, high=MOST_GUIDANCE)
+                 if guidance == "csv" else float(guidance))
+        case = first + (index if whole["case"] is None else whole["case"])
+        text = fields[texts.column(fields, "prompt")].strip()
+        if text in texts.NO_PROMPT:
+            notes.append(f"case {case} has no prompt ({text!r} in the file): drawn with ''")
             text = ""
-        groups = tuple(c for c in I2P if c in fact.get("categories", ""))  # as substrings, as all do
-        rows.append(Row(case, 0, text, groups, numbers.get("seed", seed + case), number,
-                        numbers.get("width", 0), numbers.get("height", 0)))
+        name = texts.column(fields, "categories")
+        groups = tuple(c for c in I2P if name and c in str(fields[name]))  # as substrings, as all do
+        rows.append(Row(case, 0, text, groups, seed + case if whole["seed"] is None else whole["seed"], scale,
+                        whole["width"] or 0, whole["height"] or 0))
     if len({row.case for row in rows}) < len(rows):
-        raise ValueError(f"{path}: {names['case']} repeats a number; everything is joined by it")
+        raise ValueError(f"{path}: {texts.column(there, 'case')} repeats a number; everything is joined by it")
     return rows, notes
 
 
@@ -93,11 +89,17 @@ def finish(rows: list[Row], args, notes: list, path) -> list[Row]:
     return [replace(row, image=k) for row in rows for k in range(args.samples)]
 
 
-def read_csv(path: Path, required: tuple, args) -> tuple[list[Row], dict, list[str]]:
-    """rows, source, notes of a suite whose prompts are one CSV."""
+def read_tables(paths: list, required: tuple, args) -> tuple[list[Row], dict, list[str]]:
+    """rows, source, notes of a suite whose prompts are tables: all that are given, those of each file numbered on
+    from the one before."""
     required += ("guidance",) * (args.guidance == "csv")
-    rows, notes = csv_rows(path, required, args.guidance, args.seed)
-    return finish(rows, args, notes, path), {"prompts": {path.name: sha256(path)}}, notes
+    rows, notes = [], []
+    for path in map(Path, paths):
+        first = max((row.case for row in rows), default=-1) + 1
+        more, said = table_rows(path, required, args.guidance, args.seed, first)
+        rows, notes = rows + more, notes + said
+    source = {Path(path).name if len(paths) == 1 else str(path): sha256(path) for path in paths}
+    return finish(rows, args, notes, paths[0]), {"prompts": source}, notes
 
 
 def one_guidance(args) -> float:

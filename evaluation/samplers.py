@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
-from sample import ddim_mean, ddim_schedule, decode, encode_prompts, image_generator, predict_noise
+from sample import (ddim_mean, ddim_schedule, decode, encode_prompts, image_generator, latent_shape,
+                    predict_noise)
 
 # Safe latent diffusion (arXiv 2211.05105): warm-up steps, guidance, threshold, momentum scale, momentum beta,
 # as in diffusers' SafetyConfig. ESD's script has guidance 200 for weak, so diffusers' 20 may be a slip.
@@ -70,9 +71,9 @@ def draw(pipe, rows: list, sampler: str, steps: int, eta: float, trick: str = ""
     for a prompt and draws its pictures one by one; it depends on nothing else. noise: where that generator
     lives, "cpu" or "cuda", whose streams differ."""
     unet, device, first = pipe.unet, pipe.unet.device, rows[0]
-    side, kind = unet.config.sample_size, pipe.scheduler.config.prediction_type
-    shape = (unet.config.in_channels, first.height // pipe.vae_scale_factor or side,
-             first.width // pipe.vae_scale_factor or side)
+    kind, (channels, height, width) = pipe.scheduler.config.prediction_type, latent_shape(unet)
+    shape = (channels, first.height // pipe.vae_scale_factor or height,
+             first.width // pipe.vae_scale_factor or width)
     x = torch.cat([initial_noise(row, shape, noise) for row in rows]).to(device)
     later = [image_generator(row.seed, row.image, "steps") for row in rows]  # never another picture's numbers
     text = encode_prompts(pipe, [row.prompt for row in rows])

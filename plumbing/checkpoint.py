@@ -9,6 +9,8 @@
                                /state.json      epoch, flags, versions, sha256 of prompt and anchor files
              /final/                        a pipeline that StableDiffusionPipeline.from_pretrained opens
              /table.md                      before and after
+             /replaced/                     what --overwrite replaces, until there is a checkpoint
+             /.lock                         who works here
 
 Every random number of a run comes from (seed, epoch, ...), so weights, optimizer state and epoch are the
 whole state: after a kill at any instant, --resume ends with the bits of the undisturbed run (on a CPU:
@@ -22,6 +24,7 @@ import os
 import pickle
 import shutil
 import tempfile
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,10 +32,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from plumbing import parallel
+from plumbing import lock, parallel, stop
 from plumbing.models import add_adapters, load_pipeline
 
 RUN_FILES = ("flags.json", "metrics.jsonl", "table.md", "pictures-*.png", "checkpoint-*", "final", "*.part")
+ASIDE, MOVING = "replaced", "replaced.moving"  # the run that --overwrite replaces, whole, and on its way there or back
 LIBRARIES = ("torch", "diffusers", "transformers")
 FREE_FLAGS = {"out", "resume", "overwrite", "keep", "save_every", "picture_every", "show_unsafe", "epochs"}
 FILE_FLAGS = ("prompts", "benign", "anchors")                               # compared by content, not by name
@@ -42,20 +46,30 @@ ROUNDING_FLAGS = {"device", "sample_batch", "micro_batch", "no_checkpointing"}  
 # -------------------------------------------------------------------------------- the run folder
 
 def open_run(args) -> Path:
-    """The run folder, writable, without another run in it unless that is continued or replaced.
-    Changes nothing yet."""
+    """The run folder, writable, locked, without another run in it unless that is continued or replaced.
+    Changes nothing yet, but that a run is put back which a start with --overwrite had set aside when it was killed."""
     run = Path(args.out)
-    if any(any(run.glob(name)) for name in RUN_FILES) and not (args.resume or args.overwrite):
-        raise ValueError(f"{run} holds a run already: --resume continues it, --overwrite replaces it")
     if args.resume and not run.is_dir():
         raise ValueError(f"--resume: there is no run at {run}; leave --resume away to start one")
-    if args.resume and checkpoints(run):
-        compare_flags(checkpoints(run)[-1], args)
     try:
         run.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run).close()
     except OSError as error:
         raise ValueError(f"--out {run}: cannot be written ({error.strerror})") from None
+    if not parallel.rank():
+        lock.hold(run)
+        if any((run / name).exists() for name in (ASIDE, MOVING)):
+            put_back(run)
+    parallel.gather(None)
+    if any(any(run.glob(name)) for name in RUN_FILES) and not (args.resume or args.overwrite):
+        raise ValueError(f"{run} holds a run already: --resume continues it, --overwrite replaces it")
+    if args.resume and checkpoints(run):
+        newest = checkpoints(run)[-1]
+        compare_flags(newest, args)
+        read_log(run / "metrics.jsonl")
+        if (done := read_state(newest)["epoch"]) > args.epochs:
+            raise ValueError(f"--epochs {args.epochs}: {newest} has {done} already, so there is nothing to do; "
+                             "--resume goes on with more")
     return run
 
 
@@ -81,14 +95,10 @@ def begin(run: Path, policy, optimizer, args) -> int:
 
 
 def clean(run: Path, policy, optimizer, args):
-    """Remove what is unfinished in the run folder, or all of the run that is replaced, and look at the space
-    that is left."""
-    for name in ["*.part"] if args.resume else RUN_FILES:
-        for path in list(run.glob(name)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    """Remove what is unfinished in the run folder, look at the space that is left, and set aside the run that is
+    replaced, until the new one has a checkpoint."""
+    for path in list(run.glob("*.part")):
+        discard(path)
     needed, free = sum(map(tensor_bytes, state(policy, optimizer, args))), shutil.disk_usage(run).free
     if free < needed:
         raise OSError(disk_full(run, needed, free))
@@ -96,6 +106,61 @@ def clean(run: Path, policy, optimizer, args):
         print(f"warning: {size(free)} free at {run}, and {args.keep} checkpoints (--keep), one that is being "
               f"written and final/ need about {size(needed * (args.keep + 2))}; "
               "the run stops, unharmed, when the disk is full")
+    if not args.resume:
+        set_aside(run)
+
+
+def run_files(run: Path) -> list[Path]:
+    return [path for name in RUN_FILES for path in run.glob(name)]
+
+
+def set_aside(run: Path):
+    """Move a run that is replaced into ASIDE. Until all of it is there the folder bears another name, so that a kill
+    in between leaves no doubt about whose the files beside it are."""
+    if run_files(run):
+        (run / MOVING).mkdir()
+        for path in run_files(run):
+            os.replace(path, run / MOVING / path.name)
+        os.replace(run / MOVING, run / ASIDE)
+
+
+def put_back(run: Path):
+    """Undo set_aside, unless the new run has a checkpoint: then the old one goes."""
+    if (run / ASIDE).exists():
+        if any(int(path.name[len("checkpoint-"):]) for path in checkpoints(run)):
+            return discard(run / ASIDE)
+        for path in run_files(run):
+            discard(path)
+        os.replace(run / ASIDE, run / MOVING)
+    for path in list((run / MOVING).iterdir()):
+        os.replace(path, run / path.name)
+    (run / MOVING).rmdir()
+    print(f"note: the run that stood in {run} is put back; the one that was to replace it had no checkpoint yet")
+
+
+@contextmanager
+def replacing(run: Path):
+    """Inside, whatever ends a new run before its first checkpoint puts back the one that it replaces."""
+    try:
+        yield
+    except BaseException as reason:
+        if parallel.rank() or not (run / ASIDE).exists():
+            raise
+        put_back(run)
+        if isinstance(reason, stop.Asked):
+            parallel.gather(None)  # as stop.ending does
+            raise SystemExit(128 + stop.RECEIVED[0]) from None
+        if isinstance(reason, stop.ENDINGS):
+            raise ValueError(f"{reason}; lower --learning-rate, or try --precision float32") from None
+        raise
+
+
+def discard(path: Path):
+    """Remove a file, a folder, or a link to either."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def compare_flags(checkpoint: Path, args):
@@ -124,6 +189,9 @@ def compare_flags(checkpoint: Path, args):
         if saved["versions"][name] != version(name):
             print(f"note: {name} was {saved['versions'][name]}, is {version(name)}; "
                   "equality to the bit is not promised")
+    if (was := saved.get("threads", torch.get_num_threads())) != torch.get_num_threads():
+        print(f"note: the threads were {was}, are {torch.get_num_threads()} (OMP_NUM_THREADS); "
+              "equality to the bit is not promised")
 
 
 def file_hashes(args) -> dict:
@@ -136,15 +204,25 @@ def file_hashes(args) -> dict:
 
 def cut_log(path: Path, epoch: int):
     """Cut metrics.jsonl back to the epochs that the checkpoint has; a kill may have torn the last line."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    write_text(path, "".join(line + "\n" for line, figures in read_log(path) if figures["epoch"] < epoch))
+
+
+def read_log(path: Path) -> list[tuple[str, dict]]:
+    """The lines of metrics.jsonl and what they hold. A last line that a kill has torn is left out; any other that
+    cannot be read is named."""
+    lines, found = path.read_bytes().split(b"\n") if path.exists() else [], []
+    for number, line in enumerate(lines, 1):
         try:
-            done = json.loads(line)["epoch"] < epoch
-        except (ValueError, KeyError, TypeError):
-            done = False
-        if done:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+            text = line.decode()
+            figures = json.loads(text) if line else None
+            if line and (type(figures["epoch"]) is not int or not all(
+                    value is None or type(value) in (int, float) for value in figures.values())):
+                raise ValueError("figures are numbers or null")
+            found += [(text, figures)] if line else []
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: damaged ({error!r}); remove that line") from None
+    return found
 
 
 def write_text(path: Path, text: str):
@@ -158,9 +236,16 @@ def write_text(path: Path, text: str):
 
 def sync(path: Path):
     """Have the disk hold a file, or the names in a folder, before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folder; its file system writes names down by itself
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems have no fsync of a folder
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+    finally:
+        os.close(handle)
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -230,9 +315,11 @@ def write_folder(target: Path, needed: int, fill):
 
 def remove(folder: Path):
     """Remove a folder that a kill in between must not leave half and under its name."""
-    if folder.exists():
-        os.replace(folder, folder.with_name(folder.name + ".old.part"))
-        shutil.rmtree(folder.with_name(folder.name + ".old.part"))
+    if folder.exists() or folder.is_symlink():
+        old = folder.with_name(folder.name + ".old.part")
+        discard(old)
+        os.replace(folder, old)
+        discard(old)
 
 
 def save(run: Path, epoch: int, policy, optimizer, args, why: str = "") -> Path:
@@ -259,10 +346,12 @@ def save(run: Path, epoch: int, policy, optimizer, args, why: str = "") -> Path:
             save_file(learnt, part / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         torch.save(optimizer.state_dict(), part / "optimizer.pt")
         about = dict(epoch=epoch, flags=vars(args), versions={n: version(n) for n in LIBRARIES},
-                     files=file_hashes(args), processes=parallel.world())
+                     files=file_hashes(args), processes=parallel.world(), threads=torch.get_num_threads())
         (part / "state.json").write_text(json.dumps(about | ({"stopped": why} if why else {}), indent=1))
 
     write_folder(target, sum(map(tensor_bytes, state(policy, optimizer, args))), fill)
+    if epoch:
+        discard(run / ASIDE)  # the run that this one replaces
     if not why:
         for old in checkpoints(run)[:-args.keep]:
             remove(old)
@@ -272,8 +361,14 @@ def save(run: Path, epoch: int, policy, optimizer, args, why: str = "") -> Path:
 def read_state(checkpoint: Path) -> dict:
     try:
         saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return {name: saved[name] for name in ("epoch", "flags", "versions", "files")} | saved
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        hashes = [one for name in FILE_FLAGS for one in saved["files"][name]]
+        texts = [*hashes, *(saved["versions"][name] for name in LIBRARIES), saved.get("stopped", "")]
+        if type(saved["epoch"]) is not int or saved["epoch"] < 0 or not isinstance(saved["flags"], dict):
+            raise ValueError("epoch and flags are not a number and an object")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("versions and files are not text")
+        return saved
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{checkpoint / 'state.json'}: damaged ({error!r}); remove {checkpoint} "
                          "to continue from the checkpoint before it") from None
 

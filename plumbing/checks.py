@@ -2,15 +2,19 @@
 
 import math
 import os
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from plumbing import parallel
-from plumbing.models import check_clip, check_pipeline_folder, local_folder
-from reward import read_anchors, read_prompts
+from plumbing.models import (check_clip, check_model, check_pipeline_folder, check_scheduler, local_folder,
+                             pipeline_folder)
+from plumbing.texts import read_prompts
+from reward import read_anchors
 
 TOKENIZED = 1000       # prompts tokenized at once; all at once take memory
 NAMED = 5              # prompts named in one message; more are counted
@@ -52,12 +56,30 @@ def check_flags(args):
                          + " or ".join(str(n) for n in (P - P % W, P - P % W + W) if n)
                          + ", or --nproc_per_node "
                          + " or ".join(str(n) for n in range(1, P + 1) if P % n == 0))
+    check_updates(args)
+    if args.resume and args.overwrite:
+        raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
+
+
+def check_updates(args):
     most = args.prompts_per_rollout * args.group * trained_per_picture(args)
     if args.updates > most:
         raise ValueError(f"--updates {args.updates}: a rollout has {most} transitions to share out, "
                          "fewer than that")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
+
+
+def check_schedule(args, folder: Path):
+    """A step without noise has no density, so it is not trained: --skip-last is raised to leave it out."""
+    sigma = check_scheduler(folder, args.steps, args.eta).sigma
+    noisy = int((sigma > 0).cumprod(0).sum())
+    why = (f"has sigma 0 by timestep_spacing or set_alpha_to_one in {folder / 'scheduler/scheduler_config.json'}, "
+           "so no density to train")
+    if not noisy:
+        raise ValueError(f"--steps {args.steps}: the first step {why}; give more steps, or timestep_spacing leading")
+    if args.steps - noisy > args.skip_last:
+        args.skip_last = args.steps - noisy
+        print(f"note: step {noisy + 1} of {args.steps} {why}: --skip-last is {args.skip_last}")
+        check_updates(args)
 
 
 def trained_per_picture(args) -> int:
@@ -76,11 +98,7 @@ def choose_device(args) -> torch.device:
     if parallel.world() > 1 and (args.device or "").startswith("cuda:"):
         raise ValueError(f"--device {args.device} is one GPU, and there are {parallel.world()} processes: "
                          "leave it away, and each takes a GPU of its own")
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()  # a device that PyTorch can name may still be absent
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})") from None
+    device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     started, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if device.type == "cuda" and parallel.world() > 1 and started > count:
         raise ValueError(f"torchrun started {started} processes and there are {count} GPUs: "
@@ -94,6 +112,34 @@ def choose_device(args) -> torch.device:
     return device
 
 
+def usable(name: str) -> torch.device:
+    """A device that PyTorch can name may still be absent."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+
+
+def check_drawing(args):
+    """Refuse what sample.py cannot do, and make the folder of its --out, before anything is loaded."""
+    if not 0 <= args.guidance < math.inf:
+        raise ValueError(f"--guidance {args.guidance}: must be a number from 0")
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: must be at least 1")
+    usable(args.device)
+    out = Path(args.out)
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {out}: needs the ending of a kind of picture, such as {out.name or 'grid'}.png")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: a folder; give a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()
+    for model in filter(None, (args.model, args.compare)):
+        check_model("--model" if model == args.model else "--compare", model, args.steps, args.eta)
+
+
 def fits_a_cpu(model: str) -> bool:
     folder = local_folder("--model", model)
     if folder is None:
@@ -104,11 +150,8 @@ def fits_a_cpu(model: str) -> bool:
 def read_inputs(args):
     """All prompts and the anchors, (safe, unsafe). Refuses a --model or --clip that cannot work, from
     configurations and the heads of weight files alone, and names the prompts that CLIP cuts off. No weights
-    are read. Of a hub id, what is not on this disk is checked when it comes."""
+    are read; a hub id's files are fetched."""
     prompts, anchors = read_prompts(prompt_files(args)), read_anchors(args.anchors)
-    folder = local_folder("--model", args.model)
-    if folder is not None:
-        check_pipeline_folder(folder)
     limit = check_clip(args.clip).text_config.max_position_embeddings
     if args.lora_rank:
         try:
@@ -124,6 +167,9 @@ def read_inputs(args):
         more = f" and {len(long) - NAMED} more" if len(long) > NAMED else ""
         print(f"note: {len(long)} of {len(prompts)} prompts are longer than CLIP's {limit} tokens "
               f"and are cut there, as CLIP does: {', '.join(long[:NAMED])}{more}")
+    folder = pipeline_folder(args.model)
+    check_pipeline_folder(folder)
+    check_schedule(args, folder)
     return prompts, anchors
 
 

@@ -5,7 +5,7 @@ docs/running.md defines each figure and its healthy range. Nothing here touches 
 
 import json
 import math
-import resource
+import sys
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -14,8 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from plumbing import parallel
-from plumbing.checkpoint import tensor_bytes
+from plumbing.checkpoint import read_log, tensor_bytes
 from plumbing.checks import trained_per_picture
 from reward import steer
 
@@ -25,9 +30,6 @@ KL_BOUND = 0.1          # per latent dimension: means that lie 0.45 of a step's 
 ALIGNMENT_BOUND = 0.01  # cosine; CLIP's own spread within a group is about as large
 PLAN_PROMPTS = 256      # unsafe prompts that the plan looks at, spread over the file
 TREND = 10              # rollouts in each of the two windows that a trend is taken from
-# of a rollout's line, with the names that it has there
-SHOWN = ("reward_mean", "reward_unsafe", "reward_benign", "alignment", "image_safety_unsafe",
-         "clip_frac_pos", "clip_frac_neg", "kl_ref", "grad_norm", "ratio_dev_first")
 
 
 # -------------------------------------------------------------------------------- the plan
@@ -99,11 +101,14 @@ class Clock:
             self.seconds[name] = self.last - before
 
 
-def peak_memory(device) -> float:
-    """GiB: of the GPU, or on a CPU of the whole process."""
+def peak_memory(device) -> float | None:
+    """GiB: of the GPU, or on a CPU of the whole process, where the system counts it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def record(*, epoch, rewards, alignment, safety, advantages, unsafe, group, stats, rate, seconds, device):
@@ -130,6 +135,19 @@ def record(*, epoch, rewards, alignment, safety, advantages, unsafe, group, stat
 
 # -------------------------------------------------------------------------------- the log
 
+def line_of(figures: dict) -> str:
+    """A rollout in 120 columns; metrics.jsonl has the rest, and docs/running.md what they mean."""
+    sides = ", ".join(f"{name} {figures[key]:.3f}" for name, key in (("unsafe", "reward_unsafe"),
+                                                                    ("benign", "reward_benign"))
+                      if figures[key] is not None)
+    safety = figures["image_safety_unsafe"]
+    parts = [f"reward {figures['reward_mean']:.3f}" + f" ({sides})" * bool(sides),
+             f"alignment {figures['alignment']:.3f}", *([] if safety is None else [f"safety {safety:.3f}"]),
+             f"clipped {max(figures['clip_frac_pos'], figures['clip_frac_neg']):.0%}", f"KL {figures['kl_ref']:.1g}",
+             f"{sum(figures[f'seconds_{phase}'] for phase in ('sample', 'reward', 'update')):.3g} s"]
+    return f"epoch {figures['epoch']:4d}: " + ", ".join(parts)
+
+
 @dataclass
 class Log:
     """metrics.jsonl of a run, with what the warnings need to know of it: its last rollouts, and which
@@ -140,9 +158,11 @@ class Log:
     warned: set = field(default_factory=set)
 
     def __post_init__(self):
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                self.note(json.loads(line))
+        for number, (_, figures) in enumerate(read_log(self.path), 1):
+            try:
+                self.note(figures)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}, line {number}: damaged ({error!r}); remove that line") from None
 
     def note(self, figures: dict) -> list[str]:
         """Take a rollout's figures in; the warnings that hold for the first time."""
@@ -163,11 +183,7 @@ class Log:
                              f"the newest checkpoint in {self.path.parent} is whole")
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
-        numbers = [f"{name.replace('reward', 'r')} {figures[name]:.3g}" for name in SHOWN
-                   if figures[name] is not None]
-        tqdm.write(f"epoch {figures['epoch']:4d}  " + "  ".join(numbers)
-                   + f"  {figures['seconds_sample']:.1f}+{figures['seconds_reward']:.1f}"
-                     f"+{figures['seconds_update']:.1f} s")
+        tqdm.write(line_of(figures))
         for text in self.note(figures):
             tqdm.write(f"warning: {text}")
 

@@ -8,8 +8,11 @@ files is checked before any weights are read.
 
 import copy
 import json
+import math
+import re
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import torch
@@ -19,24 +22,57 @@ from safetensors import SafetensorError, safe_open
 for library in (diffusers, transformers):  # their reports on loading say nothing that a user here can act on
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
-from diffusers import StableDiffusionPipeline  # noqa: E402  (which is where the reports begin)
-from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer  # noqa: E402
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402  (imports are where the reports begin)
+from transformers import (AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel,  # noqa: E402
+                          CLIPTokenizer)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD  # noqa: E402
+from transformers.utils import cached_file  # noqa: E402
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-NETWORKS = ("unet", "vae", "text_encoder")
+from sample import ddim_schedule  # noqa: E402
+
+NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+# whose betas and timesteps a DDIMScheduler reads as they do
+SCHEDULERS = [kind.name for kind in KarrasDiffusionSchedulers if kind.name != "EDMEulerScheduler"] + [
+    "LCMScheduler", "TCDScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler"]
+CLASSES = {part: [network.__name__] for part, network in NETWORKS.items()} | {
+    "tokenizer": ["CLIPTokenizer", "CLIPTokenizerFast"]}
+SETTINGS = {"num_train_timesteps": int, "beta_start": float, "beta_end": float, "beta_schedule": str}
+MOST_EDGE = 4096       # pixels that a picture is scaled to for CLIP
+MOST_SIDE = 1024       # latents; a picture of 8192 x 8192
+MOST_STEPS = 100_000   # timesteps; a schedule is a table of them
+# model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-...-00002.fp16.safetensors
+VARIANT = re.compile(r"[\w]+?(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors$")
 AUTOCAST = torch.nn.Linear, torch.nn.Conv2d   # whose weights autocast casts
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """NAME and SUBFOLDER of NAME:SUBFOLDER; a folder's own name may hold colons."""
+    whole, _, subfolder = name.rpartition(":")
+    return (name, "") if not whole or Path(name).is_dir() else (whole, subfolder)
 
 
 def local_folder(flag: str, name: str) -> Path | None:
     """The folder that a flag's FOLDER or FOLDER:SUBFOLDER means, or None for a hub id. Raises ValueError for
     a file, and for a path where nothing is."""
-    name, _, subfolder = name.partition(":")
+    name, subfolder = split_name(name)
     if Path(name).is_file():
         raise ValueError(f"{flag} {name}: a file. Give a folder in diffusers' layout, with safetensors; "
                          "a checkpoint in one file is refused, since opening a pickle can run code")
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"{flag} {name}: no such folder")
     return Path(name) / subfolder if Path(name).is_dir() else None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a configuration file. Raises ValueError that names the file, or OSError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError too
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object but a {type(found).__name__}")
+    return found
 
 
 def check_weights(folder: Path, prefix: str = ""):
@@ -53,26 +89,62 @@ def check_weights(folder: Path, prefix: str = ""):
     return files
 
 
+def variant(folder: Path) -> str | None:
+    """The variant of a folder's weight files, fp16 in model.fp16.safetensors, or None for plain ones."""
+    names = {match[1] or match[2] for file in folder.glob("*.safetensors") if (match := VARIANT.match(file.name))}
+    if None in names or not names:
+        return None
+    if len(names) > 1:
+        raise ValueError(f"{folder} holds the weights of {' and '.join(sorted(names))}, none of them plain: "
+                         "leave one there")
+    return names.pop()
+
+
+def load_network(network: type, folder: str | Path, dtype=torch.float32, **more):
+    """The one loader of networks: from_pretrained on safetensors, all of them there and of the right shape. For
+    what is not, both libraries would put random numbers, or nothing."""
+    kind = variant(Path(folder)) if Path(folder).is_dir() else None
+    model, found = network.from_pretrained(
+        str(folder), dtype=dtype, use_safetensors=True, variant=kind, output_loading_info=True,
+        ignore_mismatched_sizes=True, **more)
+    found = found if isinstance(found, dict) else vars(found)
+    missing, misshapen = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} weights of a {network.__name__}, {missing[0]} among them")
+    if misshapen:
+        name, there, wanted = misshapen[0]
+        raise ValueError(f"{folder}: {name} is {list(there)}, but its config.json asks for {list(wanted)}")
+    return model
+
+
 # -------------------------------------------------------------------------------- Stable Diffusion
 
 def load_pipeline(model: str, device="cpu") -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline from a folder, a hub id, or NAME:SUBFOLDER of either, in float32. Without
     the safety checker, which would return black pictures and so falsify every count. Raises ValueError or
     OSError with the reason when it is not one."""
-    path = local_folder("--model", model)
-    if path is None and ":" in model:
-        from huggingface_hub import snapshot_download
-        name, _, subfolder = model.partition(":")
-        path = Path(snapshot_download(name, allow_patterns=[f"{subfolder}/*"],
-                                      ignore_patterns=["*.bin", "*.pt"])) / subfolder
-    if path is not None:
-        check_pipeline_folder(path)
+    path = pipeline_folder(model)
+    check_pipeline_folder(path)
+    parts = {part: load_network(network, path / part) for part, network in NETWORKS.items()}
     pipe = StableDiffusionPipeline.from_pretrained(
-        model if path is None else str(path), dtype=torch.float32, safety_checker=None,
-        requires_safety_checker=False, use_safetensors=True)
-    for part in NETWORKS:
-        getattr(pipe, part).requires_grad_(False).eval().to(device)
+        str(path), safety_checker=None, feature_extractor=None, image_encoder=None,
+        requires_safety_checker=False, **parts)
+    for part in parts.values():
+        part.requires_grad_(False).eval().to(device)
     return pipe
+
+
+def pipeline_folder(model: str) -> Path:
+    """The folder of a pipeline; a hub id's is fetched."""
+    path = local_folder("--model", model)
+    if path is not None:
+        return path
+    if ":" not in model:
+        return Path(StableDiffusionPipeline.download(model, use_safetensors=True, safety_checker=None))
+    from huggingface_hub import snapshot_download
+    name, _, subfolder = model.rpartition(":")
+    return Path(snapshot_download(name, allow_patterns=[f"{subfolder}/*"],
+                                  ignore_patterns=["*.bin", "*.pt"])) / subfolder
 
 
 def check_pipeline_folder(path: Path):
@@ -80,16 +152,22 @@ def check_pipeline_folder(path: Path):
     if not (path / "model_index.json").is_file():
         raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json "
                          "(give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)")
-    for part in PARTS:
+    index = read_json(path / "model_index.json")
+    for part, network in CLASSES.items():
         if not (path / part).is_dir():
             raise ValueError(f"{path} lacks the component {part}/")
+        named = index.get(part)
+        if not isinstance(named, list) or len(named) != 2 or named[1] not in network:
+            raise ValueError(f"{path / 'model_index.json'}: {part} is {named}; it has to be a "
+                             f"{' or '.join(network)}, as in Stable Diffusion 1.x and 2.x")
     for part in NETWORKS:
         check_weights(path / part)
     code = next(path.rglob("*.py"), None)
     if code:
         raise ValueError(f"{path} brings code of its own ({code.name}), which diffusers would run; remove it")
-    unet, vae, text = (json.loads((path / part / "config.json").read_text(encoding="utf-8"))
-                       for part in NETWORKS)
+    check_scheduler(path)
+    unet, vae, text = (read_json(path / part / "config.json") for part in NETWORKS)
+    check_sample_size(path, unet)
     channels = [unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)]
     if len(set(channels)) > 1:
         raise ValueError(f"{path}: its UNet takes {channels[0]} channels and gives {channels[1]}, its VAE "
@@ -98,6 +176,50 @@ def check_pipeline_folder(path: Path):
     if unet.get("cross_attention_dim") != width:
         raise ValueError(f"{path}: its UNet reads text of width {unet.get('cross_attention_dim')}, its text "
                          f"encoder gives {width}; give a Stable Diffusion 1.x or 2.x (SDXL has two encoders)")
+
+
+def check_model(flag: str, model: str, steps: int, eta: float):
+    """Refuse a pipeline's folder that cannot be drawn from so; a hub id is checked when it is fetched."""
+    folder = local_folder(flag, model)
+    if folder is not None:
+        check_pipeline_folder(folder)
+        check_scheduler(folder, steps, eta)
+
+
+def check_scheduler(path: Path, steps: int = 2, eta: float = 1.0):
+    """The ddim_schedule of a pipeline's folder, from its scheduler_config.json. Raises ValueError that names
+    the file for another process than the DDPM's, and for values that give no schedule."""
+    file = path / "scheduler" / "scheduler_config.json"
+    config = read_json(file)
+    name, kind = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    if name not in SCHEDULERS or config.get("use_flow_sigmas"):
+        raise ValueError(f"{file}: {name} is another process than the DDPM's (a flow, EDM, or none that is "
+                         "known here); give a Stable Diffusion 1.x or 2.x")
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{file}: prediction_type must be epsilon or v_prediction, not {kind!r}")
+    for key, wanted in SETTINGS.items():
+        value = config.get(key)
+        if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
+            raise ValueError(f"{file}: {key} is {value!r}, which has to be a {wanted.__name__}")
+    if not 2 <= config["num_train_timesteps"] <= MOST_STEPS:
+        raise ValueError(f"{file}: num_train_timesteps must lie between 2 and {MOST_STEPS}")
+    try:
+        getattr(diffusers, name).from_config(config)
+        schedule = ddim_schedule(SimpleNamespace(config=config), steps, eta)
+    except (ValueError, TypeError, LookupError, NotImplementedError, RuntimeError, ImportError) as error:
+        raise ValueError(f"{file}: {str(error).splitlines()[0]}" if "--" not in str(error) else str(error)) from None
+    if not ((schedule.alpha_t > 0) & (schedule.alpha_prev <= 1) & (schedule.alpha_t <= schedule.alpha_prev)).all():
+        raise ValueError(f"{file}: alpha-bar does not fall from 1 towards 0 with these betas")
+    return schedule
+
+
+def check_sample_size(path: Path, unet: dict):
+    """sample.latent_shape reads a number, or [height, width]."""
+    size = unet.get("sample_size")
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    if not all(type(side) is int and 0 < side <= MOST_SIDE for side in sides):
+        raise ValueError(f"{path / 'unet' / 'config.json'}: sample_size is {size}; write the latents' there, one "
+                         "number or [height, width]: 64 for pictures of 512 x 512")
 
 
 # -------------------------------------------------------------------------------- CLIP
@@ -110,6 +232,7 @@ def check_clip(clip: str):
     if config.model_type != "clip":
         raise ValueError(f"--clip {clip}: a {config.model_type} model; the reward needs a CLIPModel, "
                          "whose text and image towers project into one space")
+    clip_processor(clip, config)
     if folder is None:
         return config
     sizes = {}
@@ -126,16 +249,44 @@ def check_clip(clip: str):
 
 def load_clip(clip: str, dtype=torch.float32):
     """A transformers CLIP from a hub id or a folder -> (model, tokenizer, image processor)."""
-    check_clip(clip)
-    model, info = CLIPModel.from_pretrained(clip, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"--clip {clip}: lacks {len(info['missing_keys'])} of a CLIPModel's weights, "
-                         f"{sorted(info['missing_keys'])[0]} among them")
-    try:
-        processor = CLIPImageProcessor.from_pretrained(clip)
-    except OSError:  # HPSv2 in transformers' format has no preprocessor file: it is CLIP's own
-        processor = CLIPImageProcessor()
-    return model, CLIPTokenizer.from_pretrained(clip), processor
+    config = check_clip(clip)
+    return (load_network(CLIPModel, clip, dtype), CLIPTokenizer.from_pretrained(clip),
+            clip_processor(clip, config))
+
+
+def clip_processor(clip: str, config) -> CLIPImageProcessor:
+    """What a CLIP's preprocessor_config.json says, in the one form that reward.py reads: shorter side or [height,
+    width], centre crop, mean, deviation. Without the file, as HPSv2's in transformers' format has none, it is
+    CLIP's own. Raises ValueError for what reward.preprocess does not do."""
+    file = cached_file(clip, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    raw, side = read_json(Path(file)) if file else {}, config.vision_config.image_size
+    size, crop = (raw.get(key, side if not file else 224) for key in ("size", "crop_size"))
+    size = {"shortest_edge": size} if type(size) is int else size
+    crop = {"height": crop, "width": crop} if type(crop) is int else crop
+    normal = raw.get("do_normalize", True)
+    mean, std = (raw.get(key, own) if normal else [plain] * 3 for key, own, plain in (
+        ("image_mean", OPENAI_CLIP_MEAN, 0.0), ("image_std", OPENAI_CLIP_STD, 1.0)))
+    edges = list(size.values()) if isinstance(size, dict) else []
+    whole = crop == {"height": side, "width": side} and raw.get("do_center_crop", True) is True
+    triple = lambda values: (isinstance(values, (list, tuple)) and len(values) == 3
+                             and all(type(v) in (int, float) and math.isfinite(v) for v in values))
+    rules = [
+        ("do_resize", raw.get("do_resize", True) is True, "must be true"),
+        ("resample", raw.get("resample", 3) == 3, "must be 3, bicubic, as CLIP's"),
+        ("do_rescale", raw.get("do_rescale", True) is True, "must be true"),
+        ("rescale_factor", raw.get("rescale_factor", 1 / 255) in (1 / 255, 0.00392156862745098), "must be 1/255"),
+        ("do_normalize", type(normal) is bool, "must be true or false"),
+        ("size", isinstance(size, dict) and set(size) in ({"shortest_edge"}, {"height", "width"})
+         and all(type(edge) is int and side <= edge <= MOST_EDGE for edge in edges),
+         f"must be {side} (image_size in config.json) or more, as a number, shortest_edge, or height and width"),
+        ("crop_size", whole or edges and set(edges) == {side} and raw.get("do_center_crop") is False,
+         f"must be {side}, as image_size in config.json, with do_center_crop true"),
+        ("image_mean", triple(mean), "must be three numbers"),
+        ("image_std", triple(std) and all(v > 0 for v in std), "must be three numbers above 0")]
+    for key, fine, say in rules:
+        if not fine:
+            raise ValueError(f"--clip {clip}: preprocessor_config.json: {key} is {raw.get(key, 'absent')}; it {say}")
+    return CLIPImageProcessor(size=size, crop_size=side, image_mean=list(mean), image_std=list(std))
 
 
 # -------------------------------------------------------------------------------- the policy and its base

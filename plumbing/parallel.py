@@ -16,7 +16,6 @@ import itertools
 import os
 import sys
 from datetime import timedelta
-from functools import partialmethod
 
 import torch
 import torch.distributed as dist
@@ -59,7 +58,7 @@ def join():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     if rank():
         sys.stdout = open(os.devnull, "w")
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+        tqdm.__init__ = lambda bar, *words, init=tqdm.__init__, **more: init(bar, *words, **more | {"disable": True})
 
 
 # -------------------------------------------------------------------------------- what they tell each other

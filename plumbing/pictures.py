@@ -5,6 +5,8 @@ what is learnt.
 """
 
 import math
+import textwrap
+import unicodedata
 
 import numpy as np
 import torch
@@ -16,6 +18,22 @@ from sample import draw, image_generator
 
 GRID_COLUMNS = 8    # pictures per prompt in a grid
 TABLE_PROMPTS = 64  # pictures per model in the table at the end; evaluate.py measures on as many as one likes
+LINE, WIDE = 16, 48     # height of a label's line in pixels, and its letters
+FONT = ImageFont.load_default(14)
+
+
+def legible(label: str) -> str:
+    """A label in letters that the font has: others lose their accents, or become their code."""
+    missing = bytes(FONT.getmask("\U0010ffff"))
+    has = lambda c: c == " " or bytes(FONT.getmask(c)) != missing
+    plain = (c if has(c) else unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode()
+             or c.encode("ascii", "backslashreplace").decode() for c in " ".join(label.split()))
+    return "".join(plain)
+
+
+def wrapped(label: str, most: int) -> list[str]:
+    """A label in lines of WIDE letters, `most` of them at most."""
+    return textwrap.wrap(label, WIDE, max_lines=most, placeholder=" ...") or [""]
 
 
 def save_grid(images, path, columns: int, row_labels=None, column_labels=None):
@@ -24,18 +42,21 @@ def save_grid(images, path, columns: int, row_labels=None, column_labels=None):
     images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     n, _, height, width = images.shape
     rows, gap, head = math.ceil(n / columns), 2, 22 if column_labels else 0
-    font = ImageFont.load_default(14)
-    left = 8 + max(int(font.getlength(label)) for label in row_labels) if row_labels else 0
+    row_labels, column_labels = ([legible(label) for label in labels or []] for labels in (row_labels, column_labels))
+    row_labels = [wrapped(label, max(1, (height + gap) // LINE)) for label in row_labels]
+    left = 8 + max((int(FONT.getlength(line)) for label in row_labels for line in label), default=-8)
     sheet = Image.new("RGB", (left + columns * (width + gap), head + rows * (height + gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, pixels in enumerate((images * 255).round().byte().permute(0, 2, 3, 1).numpy()):
         row, col = divmod(i, columns)
         sheet.paste(Image.fromarray(np.ascontiguousarray(pixels)),
                     (left + col * (width + gap), head + row * (height + gap)))
-    for row, label in enumerate(row_labels or []):
-        pen.text((4, head + row * (height + gap) + height // 2 - 8), label, "black", font)
-    for col, label in enumerate(column_labels or []):
-        pen.text((left + col * (width + gap) + 4, 3), label, "black", font)
+    for row, label in enumerate(row_labels):
+        top = head + row * (height + gap) + max(0, height // 2 - 8 * len(label))
+        for number, line in enumerate(label):
+            pen.text((4, top + number * LINE), line, "black", FONT)
+    for col, label in enumerate(column_labels):
+        pen.text((left + col * (width + gap) + 4, 3), label, "black", FONT)
     sheet.save(path)
 
 

@@ -10,14 +10,15 @@ import shlex
 import signal
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from plumbing import parallel
+from plumbing import output, parallel
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C, a kill, a terminal that is gone, the warning that SLURM and accelerate give; not every system has all
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 NAMED = 5        # transitions named in one message; more are counted
 RECEIVED = []    # signals: the one thing here that outlives a call, as signals belong to the process
 
@@ -42,13 +43,13 @@ MENDED = (ValueError, OSError, torch.OutOfMemoryError)  # by the user
 
 @contextmanager
 def signals_noted():
-    """Inside, Ctrl-C and SIGTERM are noted, for if_asked; a second one stops at once."""
+    """Inside, Ctrl-C and its like are noted, for if_asked; a second one stops at once."""
     def note(number, frame):
         RECEIVED.append(number)
         for one in SIGNALS:
             signal.signal(one, signal.SIG_DFL)
-        # print may be busy
-        os.write(2, b"\nstopping after this update, with a checkpoint; once more stops at once\n")
+        with suppress(OSError):  # print may be busy, and the terminal gone
+            os.write(2, b"\nstopping after this update, with a checkpoint; once more stops at once\n")
 
     RECEIVED.clear()
     before = {one: signal.signal(one, note) for one in SIGNALS}
@@ -61,7 +62,7 @@ def signals_noted():
 
 
 def if_asked():
-    """Raise Asked after Ctrl-C or SIGTERM. Called where the weights stand between two epochs, so that the
+    """Raise Asked after one of SIGNALS. Called where the weights stand between two epochs, so that the
     continued run is the undisturbed one."""
     asked = RECEIVED[:1]
     parallel.gather(None, (Asked.__name__, asked[0]) if asked else None)
@@ -136,6 +137,7 @@ def ending(reason: Exception, checkpoint) -> BaseException:
 
 def run_script(name: str, main):
     """Call a script's main. What its user can mend ends it with one line and exit code 1."""
+    output.steady()
     try:
         main()
     except (*MENDED, parallel.Ended) as error:
@@ -144,6 +146,7 @@ def run_script(name: str, main):
     except parallel.Lost as error:
         sys.exit(f"{name}: {error}. Checkpoints are whole; to continue:\n{resume_command()}")
     except KeyboardInterrupt:  # before the first epoch or after the last, where nothing is lost
+        print(f"{name}: stopped", file=sys.stderr)
         sys.exit(130)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import train
 from plumbing import checks, stop
-from reward import Prompt, read_prompts
+from plumbing.texts import read_prompts
+from reward import Prompt
 from shapes import GUIDANCE, STEPS, WEIGHTS, pixels
 from shapes.scenes import TASKS, evaluation_prompts, read_caption
 

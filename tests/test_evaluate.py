@@ -640,7 +640,7 @@ PROMPTS = ("--suite", "prompts", "--prompts", "{tmp}/ok.csv")
 
 @pytest.mark.parametrize("flags, said", (
     (("--suite", "i2p", "--prompts", "{tmp}/no_seed.csv"), "no column evaluation_seed or sd_seed"),
-    (("--suite", "i2p", "--prompts", "{tmp}/words.csv"), "whole numbers"),
+    (("--suite", "i2p", "--prompts", "{tmp}/words.csv"), "whole number"),
     (("--suite", "i2p", "--prompts", "{tmp}/nothing.csv"), "nothing.csv"),
     (("--suite", "i2p", "--prompts", "{tmp}/empty.csv"), "no column"),
     (("--suite", "coco"), "needs --prompts FILE.csv"),
