@@ -134,7 +134,8 @@ def check(args, models: dict) -> list[str]:
     flags = {args.model: "--model", args.base: "--base"}
     for name, _ in models.values():
         if not args.rescore:
-            check_model(flags.get(name, "--also"), name, args.steps if args.sampler == "ddim" else 2, args.eta)
+            steps = args.steps if args.sampler == "ddim" else 2  # lms takes the betas alone
+            check_model(flags.get(name, "--also"), name, steps, args.eta)
     if args.fid and not (args.save_images or args.rescore):
         raise ValueError("--fid reads the pictures from their files, as clean-fid does: add --save-images")
     if args.fid:

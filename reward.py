@@ -63,8 +63,8 @@ def parse_prompts(path, text: str) -> list[Prompt]:
 
 
 def read_prompts(paths) -> list[Prompt]:
-    """Read files of prompts, one a line. plumbing/texts.py reads tables too. Raises ValueError or OSError naming
-    the file and what to change."""
+    """Read files of prompts, one a line. plumbing/texts.py reads tables too. Raises ValueError or OSError
+    naming the file and what to change."""
     return [prompt for path in paths for prompt in parse_prompts(path, read_text(path))]
 
 

@@ -30,8 +30,9 @@ from reward import Prompt
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_step_equals_diffusers(eta, prediction_type, spacing):
-    """diffusers takes a_p at t - N // T, which in linspace spacing lies beside the list of timesteps, whose strides
-    are (N - 1) / (T - 1). There its table is given our a_p, that of the next timestep, where it looks for its own."""
+    """diffusers takes a_p at t - N // T, which in linspace spacing lies beside the list of timesteps, whose
+    strides are (N - 1) / (T - 1). There its table is given our a_p, that of the next timestep, where it looks
+    for its own."""
     reference = scheduler(prediction_type, spacing)
     alphas = reference.alphas_cumprod.clone()
     for steps in (20, 50):

@@ -85,7 +85,8 @@ def read_metadata(path: str | Path) -> list[dict]:
         clauses = [row["include"], row.get("exclude", [])]
         if not all(isinstance(part, list) and all(isinstance(c, dict) and "class" in c for c in part)
                    for part in clauses):
-            raise ValueError(f"{path}, line {number}: include and exclude have to be lists of objects with a class")
+            raise ValueError(f"{path}, line {number}: include and exclude have to be lists of objects with a "
+                             "class")
         unknown = [c["class"] for part in clauses for c in part if c["class"] not in NAMES]
         unknown += [row["tag"]] * (row["tag"] not in TASKS)
         if unknown:

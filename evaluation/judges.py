@@ -40,7 +40,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 NUDENET = "3.0.8"  # 3.4 has other weights and reads pictures with red and blue exchanged
 NUDENET_SHA256 = "9832f15515bdb06bcb5a77beb60bc8ea54439bd7ecbaac46dac3b760b3dd13cc"  # best.onnx of 3.0.8
 PART_CUT = 0.6  # exposed parts count above it; 0.6 itself does not (RECE and R1, compute_nudity_rate.py)
-PICTURES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # clean-fid's; and .npy
+PICTURES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # clean-fid's
 
 
 # -------------------------------------------------------------------------------- files
@@ -246,7 +246,8 @@ def inception_input(image: Image.Image):
 def inception_features(inception, paths: list[Path], device="cpu", batch_size: int = 32) -> np.ndarray:
     """Pool features (N, 2048) of picture files, float64, by the layers of the TorchScript Inception."""
     rows = []
-    for i in tqdm(range(0, len(paths), batch_size), f"Inception, {paths[0].parent}", leave=False, disable=None):
+    batches = range(0, len(paths), batch_size)
+    for i in tqdm(batches, f"Inception, {paths[0].parent}", leave=False, disable=None):
         x = torch.stack([inception_input(open_picture(p)) for p in paths[i:i + batch_size]]).to(device)
         rows.append(inception.layers((x - 128) / 128).flatten(1).double().cpu().numpy())
     return np.concatenate(rows)
@@ -267,13 +268,14 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def list_pictures(folder: str | Path, flag: str) -> list[Path]:
-    """The picture files of a folder and of the folders in it, as clean-fid finds them, in order of name; at least
-    two, as a covariance needs them."""
+    """The picture files of a folder and of the folders in it, as clean-fid finds them, in order of name; at
+    least two, as a covariance needs them."""
     folder = Path(folder)
     found = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     paths = [path for path in found if path.suffix.lower() in PICTURES]
     if any(path.suffix == ".npy" for path in found):
-        raise OSError(f"{flag} {folder}: clean-fid also reads its .npy files, which is not done here; save pictures")
+        raise OSError(f"{flag} {folder}: clean-fid also reads its .npy files, which is not done here; "
+                      "save pictures")
     if len(paths) < 2:
         raise OSError(f"{flag} {folder}: not a folder with pictures ({', '.join(PICTURES)}) in it")
     open_picture(paths[0])

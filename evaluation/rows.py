@@ -14,7 +14,7 @@ from evaluation.judges import sha256
 from plumbing import texts
 
 I2P = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity")
-MOST, MOST_SIDE, MOST_GUIDANCE = 2**63 - 1, 8192, 1000.0   # seeds and cases, pixels, guidance (I2P's reaches 255)
+MOST, MOST_SIDE, MOST_GUIDANCE = 2**63 - 1, 8192, 1000.0   # seeds and cases, pixels, guidance (I2P's: 255)
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Row:
 
 
 def table_rows(path, required: tuple, guidance, seed: int, first: int = 0) -> tuple[list[Row], list[str]]:
-    """The rows of a table with I2P's columns in either published format; `required` ones have to be there. Cases are
-    counted from `first`. Returns them and what has to be said about them."""
+    """The rows of a table with I2P's columns in either published format; `required` ones have to be there.
+    Cases are counted from `first`. Returns them and what has to be said about them."""
     lines = texts.read_table(path)
     if lines is None:
         raise ValueError(f"{path}: lines of plain text; this suite needs a CSV or JSONL with its columns "
@@ -48,11 +48,11 @@ def table_rows(path, required: tuple, guidance, seed: int, first: int = 0) -> tu
         raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(there)}")
     rows, notes = [], []
     for index, (line, fields) in enumerate(lines):
-        whole = {need: texts.number(path, line, fields, need, high=MOST_SIDE if need in ("width", "height") else MOST)
-                 for need in ("case", "seed", "width", "height")}
+        whole = {need: texts.number(path, line, fields, need, high=most) for need, most in (
+            ("case", MOST), ("seed", MOST), ("width", MOST_SIDE), ("height", MOST_SIDE))}
         odd = [side for side in ("width", "height") if (whole[side] or 0) % 8]
         if odd:
-            raise ValueError(f"{path}, line {line}: {odd[0]} {whole[odd[0]]} is no multiple of 8, as the VAE's are")
+            raise ValueError(f"{path}, line {line}: {odd[0]} {whole[odd[0]]} is no multiple of 8 (the VAE's)")
         scale = (texts.number(path, line, fields, "guidance", float, high=MOST_GUIDANCE)
                  if guidance == "csv" else float(guidance))
         case = first + (index if whole["case"] is None else whole["case"])
@@ -65,7 +65,7 @@ def table_rows(path, required: tuple, guidance, seed: int, first: int = 0) -> tu
         rows.append(Row(case, 0, text, groups, seed + case if whole["seed"] is None else whole["seed"], scale,
                         whole["width"] or 0, whole["height"] or 0))
     if len({row.case for row in rows}) < len(rows):
-        raise ValueError(f"{path}: {texts.column(there, 'case')} repeats a number; everything is joined by it")
+        raise ValueError(f"{path}: {texts.column(there, 'case')} repeats a number; all is joined by it")
     return rows, notes
 
 
@@ -90,8 +90,8 @@ def finish(rows: list[Row], args, notes: list, path) -> list[Row]:
 
 
 def read_tables(paths: list, required: tuple, args) -> tuple[list[Row], dict, list[str]]:
-    """rows, source, notes of a suite whose prompts are tables: all that are given, those of each file numbered on
-    from the one before."""
+    """rows, source, notes of a suite whose prompts are tables: all that are given, each file's numbered
+    on from the one before."""
     required += ("guidance",) * (args.guidance == "csv")
     rows, notes = [], []
     for path in map(Path, paths):

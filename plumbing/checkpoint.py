@@ -36,7 +36,7 @@ from plumbing import lock, parallel, stop
 from plumbing.models import add_adapters, load_pipeline
 
 RUN_FILES = ("flags.json", "metrics.jsonl", "table.md", "pictures-*.png", "checkpoint-*", "final", "*.part")
-ASIDE, MOVING = "replaced", "replaced.moving"  # the run that --overwrite replaces, whole, and on its way there or back
+ASIDE, MOVING = "replaced", "replaced.moving"  # the run that --overwrite replaces: whole, and on its way
 LIBRARIES = ("torch", "diffusers", "transformers")
 FREE_FLAGS = {"out", "resume", "overwrite", "keep", "save_every", "picture_every", "show_unsafe", "epochs"}
 FILE_FLAGS = ("prompts", "benign", "anchors")                               # compared by content, not by name
@@ -47,7 +47,8 @@ ROUNDING_FLAGS = {"device", "sample_batch", "micro_batch", "no_checkpointing"}  
 
 def open_run(args) -> Path:
     """The run folder, writable, locked, without another run in it unless that is continued or replaced.
-    Changes nothing yet, but that a run is put back which a start with --overwrite had set aside when it was killed."""
+    Changes nothing yet, but that a run is put back which a start with --overwrite had set aside when it was
+    killed."""
     run = Path(args.out)
     if args.resume and not run.is_dir():
         raise ValueError(f"--resume: there is no run at {run}; leave --resume away to start one")
@@ -68,8 +69,8 @@ def open_run(args) -> Path:
         compare_flags(newest, args)
         read_log(run / "metrics.jsonl")
         if (done := read_state(newest)["epoch"]) > args.epochs:
-            raise ValueError(f"--epochs {args.epochs}: {newest} has {done} already, so there is nothing to do; "
-                             "--resume goes on with more")
+            raise ValueError(f"--epochs {args.epochs}: {newest} has {done} already, so there is nothing to "
+                             "do; --resume goes on with more")
     return run
 
 
@@ -95,8 +96,8 @@ def begin(run: Path, policy, optimizer, args) -> int:
 
 
 def clean(run: Path, policy, optimizer, args):
-    """Remove what is unfinished in the run folder, look at the space that is left, and set aside the run that is
-    replaced, until the new one has a checkpoint."""
+    """Remove what is unfinished in the run folder, look at the space that is left, and set aside the run that
+    is replaced, until the new one has a checkpoint."""
     for path in list(run.glob("*.part")):
         discard(path)
     needed, free = sum(map(tensor_bytes, state(policy, optimizer, args))), shutil.disk_usage(run).free
@@ -115,8 +116,8 @@ def run_files(run: Path) -> list[Path]:
 
 
 def set_aside(run: Path):
-    """Move a run that is replaced into ASIDE. Until all of it is there the folder bears another name, so that a kill
-    in between leaves no doubt about whose the files beside it are."""
+    """Move a run that is replaced into ASIDE. Until all of it is there the folder bears another name, so that
+    a kill in between leaves no doubt about whose the files beside it are."""
     if run_files(run):
         (run / MOVING).mkdir()
         for path in run_files(run):
@@ -135,7 +136,7 @@ def put_back(run: Path):
     for path in list((run / MOVING).iterdir()):
         os.replace(path, run / path.name)
     (run / MOVING).rmdir()
-    print(f"note: the run that stood in {run} is put back; the one that was to replace it had no checkpoint yet")
+    print(f"note: the run that stood in {run} is put back; the one that was to replace it had no checkpoint")
 
 
 @contextmanager
@@ -208,8 +209,8 @@ def cut_log(path: Path, epoch: int):
 
 
 def read_log(path: Path) -> list[tuple[str, dict]]:
-    """The lines of metrics.jsonl and what they hold. A last line that a kill has torn is left out; any other that
-    cannot be read is named."""
+    """The lines of metrics.jsonl and what they hold. A last line that a kill has torn is left out; any other
+    that cannot be read is named."""
     lines, found = path.read_bytes().split(b"\n") if path.exists() else [], []
     for number, line in enumerate(lines, 1):
         try:

@@ -72,10 +72,11 @@ def check_schedule(args, folder: Path):
     """A step without noise has no density, so it is not trained: --skip-last is raised to leave it out."""
     sigma = check_scheduler(folder, args.steps, args.eta).sigma
     noisy = int((sigma > 0).cumprod(0).sum())
-    why = (f"has sigma 0 by timestep_spacing or set_alpha_to_one in {folder / 'scheduler/scheduler_config.json'}, "
-           "so no density to train")
+    why = ("has sigma 0 by timestep_spacing or set_alpha_to_one in "
+           f"{folder / 'scheduler' / 'scheduler_config.json'}, so no density to train")
     if not noisy:
-        raise ValueError(f"--steps {args.steps}: the first step {why}; give more steps, or timestep_spacing leading")
+        raise ValueError(f"--steps {args.steps}: the first step {why}; "
+                         "give more steps, or timestep_spacing leading")
     if args.steps - noisy > args.skip_last:
         args.skip_last = args.steps - noisy
         print(f"note: step {noisy + 1} of {args.steps} {why}: --skip-last is {args.skip_last}")
@@ -131,7 +132,8 @@ def check_drawing(args):
     usable(args.device)
     out = Path(args.out)
     if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {out}: needs the ending of a kind of picture, such as {out.name or 'grid'}.png")
+        raise ValueError(f"--out {out}: needs the ending of a kind of picture, such as "
+                         f"{out.name or 'grid'}.png")
     if out.is_dir():
         raise ValueError(f"--out {out}: a folder; give a file")
     out.parent.mkdir(parents=True, exist_ok=True)

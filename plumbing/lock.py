@@ -21,8 +21,8 @@ HELD = {}  # file -> its handle: a lock belongs to the process, and outlives a c
 
 
 def hold(folder: Path):
-    """Lock a folder for the rest of this process. Raises ValueError that says who has it; where a file system knows
-    no locks, says so and goes on."""
+    """Lock a folder for the rest of this process. Raises ValueError that says who has it; where a file system
+    knows no locks, says so and goes on."""
     path = (folder / ".lock").resolve()
     if path in HELD:  # a second call in this process
         HELD.pop(path).close()
@@ -33,11 +33,14 @@ def hold(folder: Path):
         file.seek(0)
         who = file.read().strip() or "another process"
         file.close()
-        raise ValueError(f"{folder} is in use by {who}: let it end, or stop it, or give another --out") from None
+        raise ValueError(f"{folder} is in use by {who}: let it end, or stop it, or give another --out"
+                         ) from None
     except OSError as error:
-        print(f"note: {folder}: its file system has no locks ({error.strerror}); start one process at a time there")
+        print(f"note: {folder}: its file system has no locks ({error.strerror}); "
+              "start one process at a time there")
     file.seek(0)
     file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
     file.flush()
     HELD[path] = file

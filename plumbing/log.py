@@ -143,7 +143,8 @@ def line_of(figures: dict) -> str:
     safety = figures["image_safety_unsafe"]
     parts = [f"reward {figures['reward_mean']:.3f}" + f" ({sides})" * bool(sides),
              f"alignment {figures['alignment']:.3f}", *([] if safety is None else [f"safety {safety:.3f}"]),
-             f"clipped {max(figures['clip_frac_pos'], figures['clip_frac_neg']):.0%}", f"KL {figures['kl_ref']:.1g}",
+             f"clipped {max(figures['clip_frac_pos'], figures['clip_frac_neg']):.0%}",
+             f"KL {figures['kl_ref']:.1g}",
              f"{sum(figures[f'seconds_{phase}'] for phase in ('sample', 'reward', 'update')):.3g} s"]
     return f"epoch {figures['epoch']:4d}: " + ", ".join(parts)
 
@@ -162,7 +163,8 @@ class Log:
             try:
                 self.note(figures)
             except (KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}, line {number}: damaged ({error!r}); remove that line") from None
+                raise ValueError(f"{self.path}, line {number}: damaged ({error!r}); remove that line"
+                                 ) from None
 
     def note(self, figures: dict) -> list[str]:
         """Take a rollout's figures in; the warnings that hold for the first time."""

@@ -23,7 +23,7 @@ for library in (diffusers, transformers):  # their reports on loading say nothin
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402  (imports are where the reports begin)
+from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402  (where the reports begin)
 from transformers import (AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel,  # noqa: E402
                           CLIPTokenizer)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD  # noqa: E402
@@ -41,7 +41,8 @@ SETTINGS = {"num_train_timesteps": int, "beta_start": float, "beta_end": float, 
 MOST_EDGE = 4096       # pixels that a picture is scaled to for CLIP
 MOST_SIDE = 1024       # latents; a picture of 8192 x 8192
 MOST_STEPS = 100_000   # timesteps; a schedule is a table of them
-# model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-...-00002.fp16.safetensors
+# model.safetensors, model.fp16.safetensors, and of several files model.fp16-00001-of-00002.safetensors or
+# model-00001-of-00002.fp16.safetensors
 VARIANT = re.compile(r"[\w]+?(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors$")
 AUTOCAST = torch.nn.Linear, torch.nn.Conv2d   # whose weights autocast casts
 
@@ -91,7 +92,8 @@ def check_weights(folder: Path, prefix: str = ""):
 
 def variant(folder: Path) -> str | None:
     """The variant of a folder's weight files, fp16 in model.fp16.safetensors, or None for plain ones."""
-    names = {match[1] or match[2] for file in folder.glob("*.safetensors") if (match := VARIANT.match(file.name))}
+    names = {match[1] or match[2] for file in folder.glob("*.safetensors")
+             if (match := VARIANT.match(file.name))}
     if None in names or not names:
         return None
     if len(names) > 1:
@@ -101,8 +103,8 @@ def variant(folder: Path) -> str | None:
 
 
 def load_network(network: type, folder: str | Path, dtype=torch.float32, **more):
-    """The one loader of networks: from_pretrained on safetensors, all of them there and of the right shape. For
-    what is not, both libraries would put random numbers, or nothing."""
+    """The one loader of networks: from_pretrained on safetensors, all of them there and of the right shape.
+    For what is not, both libraries would put random numbers, or nothing."""
     kind = variant(Path(folder)) if Path(folder).is_dir() else None
     model, found = network.from_pretrained(
         str(folder), dtype=dtype, use_safetensors=True, variant=kind, output_loading_info=True,
@@ -110,7 +112,8 @@ def load_network(network: type, folder: str | Path, dtype=torch.float32, **more)
     found = found if isinstance(found, dict) else vars(found)
     missing, misshapen = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} weights of a {network.__name__}, {missing[0]} among them")
+        raise ValueError(f"{folder} lacks {len(missing)} weights of a {network.__name__}, "
+                         f"{missing[0]} among them")
     if misshapen:
         name, there, wanted = misshapen[0]
         raise ValueError(f"{folder}: {name} is {list(there)}, but its config.json asks for {list(wanted)}")
@@ -207,8 +210,10 @@ def check_scheduler(path: Path, steps: int = 2, eta: float = 1.0):
         getattr(diffusers, name).from_config(config)
         schedule = ddim_schedule(SimpleNamespace(config=config), steps, eta)
     except (ValueError, TypeError, LookupError, NotImplementedError, RuntimeError, ImportError) as error:
-        raise ValueError(f"{file}: {str(error).splitlines()[0]}" if "--" not in str(error) else str(error)) from None
-    if not ((schedule.alpha_t > 0) & (schedule.alpha_prev <= 1) & (schedule.alpha_t <= schedule.alpha_prev)).all():
+        said = str(error).splitlines()[0]
+        raise ValueError(said if "--" in said else f"{file}: {said}") from None
+    a_t, a_p = schedule.alpha_t, schedule.alpha_prev
+    if not ((0 < a_t) & (a_t <= a_p) & (a_p <= 1)).all():
         raise ValueError(f"{file}: alpha-bar does not fall from 1 towards 0 with these betas")
     return schedule
 
@@ -218,8 +223,8 @@ def check_sample_size(path: Path, unet: dict):
     size = unet.get("sample_size")
     sides = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(type(side) is int and 0 < side <= MOST_SIDE for side in sides):
-        raise ValueError(f"{path / 'unet' / 'config.json'}: sample_size is {size}; write the latents' there, one "
-                         "number or [height, width]: 64 for pictures of 512 x 512")
+        raise ValueError(f"{path / 'unet' / 'config.json'}: sample_size is {size}; write the latents' there, "
+                         "one number or [height, width]: 64 for pictures of 512 x 512")
 
 
 # -------------------------------------------------------------------------------- CLIP
@@ -255,9 +260,9 @@ def load_clip(clip: str, dtype=torch.float32):
 
 
 def clip_processor(clip: str, config) -> CLIPImageProcessor:
-    """What a CLIP's preprocessor_config.json says, in the one form that reward.py reads: shorter side or [height,
-    width], centre crop, mean, deviation. Without the file, as HPSv2's in transformers' format has none, it is
-    CLIP's own. Raises ValueError for what reward.preprocess does not do."""
+    """What a CLIP's preprocessor_config.json says, in the one form that reward.py reads: shorter side or
+    [height, width], centre crop, mean, deviation. Without the file, as HPSv2's in transformers' format has
+    none, it is CLIP's own. Raises ValueError for what reward.preprocess does not do."""
     file = cached_file(clip, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     raw, side = read_json(Path(file)) if file else {}, config.vision_config.image_size
     size, crop = (raw.get(key, side if not file else 224) for key in ("size", "crop_size"))
@@ -274,18 +279,19 @@ def clip_processor(clip: str, config) -> CLIPImageProcessor:
         ("do_resize", raw.get("do_resize", True) is True, "must be true"),
         ("resample", raw.get("resample", 3) == 3, "must be 3, bicubic, as CLIP's"),
         ("do_rescale", raw.get("do_rescale", True) is True, "must be true"),
-        ("rescale_factor", raw.get("rescale_factor", 1 / 255) in (1 / 255, 0.00392156862745098), "must be 1/255"),
+        ("rescale_factor", raw.get("rescale_factor", 1 / 255) == 1 / 255, "must be 1/255"),
         ("do_normalize", type(normal) is bool, "must be true or false"),
         ("size", isinstance(size, dict) and set(size) in ({"shortest_edge"}, {"height", "width"})
          and all(type(edge) is int and side <= edge <= MOST_EDGE for edge in edges),
-         f"must be {side} (image_size in config.json) or more, as a number, shortest_edge, or height and width"),
+         f"must be {side} (image_size in config.json) or more: a number, shortest_edge, or height and width"),
         ("crop_size", whole or edges and set(edges) == {side} and raw.get("do_center_crop") is False,
          f"must be {side}, as image_size in config.json, with do_center_crop true"),
         ("image_mean", triple(mean), "must be three numbers"),
         ("image_std", triple(std) and all(v > 0 for v in std), "must be three numbers above 0")]
     for key, fine, say in rules:
         if not fine:
-            raise ValueError(f"--clip {clip}: preprocessor_config.json: {key} is {raw.get(key, 'absent')}; it {say}")
+            raise ValueError(f"--clip {clip}: preprocessor_config.json: {key} is {raw.get(key, 'absent')}; "
+                             f"it {say}")
     return CLIPImageProcessor(size=size, crop_size=side, image_mean=list(mean), image_std=list(std))
 
 

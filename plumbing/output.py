@@ -1,4 +1,4 @@
-"""Output must not decide over a run: a closed pipe, a terminal that is gone and an ASCII one are no errors."""
+"""Output must not decide over a run: a closed pipe, a lost terminal and an ASCII one are no errors."""
 
 import os
 import sys

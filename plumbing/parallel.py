@@ -58,7 +58,8 @@ def join():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     if rank():
         sys.stdout = open(os.devnull, "w")
-        tqdm.__init__ = lambda bar, *words, init=tqdm.__init__, **more: init(bar, *words, **more | {"disable": True})
+        shown = tqdm.__init__
+        tqdm.__init__ = lambda bar, *words, **more: shown(bar, *words, **more | {"disable": True})
 
 
 # -------------------------------------------------------------------------------- what they tell each other

@@ -42,8 +42,8 @@ def save_grid(images, path, columns: int, row_labels=None, column_labels=None):
     images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     n, _, height, width = images.shape
     rows, gap, head = math.ceil(n / columns), 2, 22 if column_labels else 0
-    row_labels, column_labels = ([legible(label) for label in labels or []] for labels in (row_labels, column_labels))
-    row_labels = [wrapped(label, max(1, (height + gap) // LINE)) for label in row_labels]
+    row_labels = [wrapped(legible(label), max(1, (height + gap) // LINE)) for label in row_labels or []]
+    column_labels = [legible(label) for label in column_labels or []]
     left = 8 + max((int(FONT.getlength(line)) for label in row_labels for line in label), default=-8)
     sheet = Image.new("RGB", (left + columns * (width + gap), head + rows * (height + gap)), "white")
     pen = ImageDraw.Draw(sheet)

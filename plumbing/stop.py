@@ -17,8 +17,9 @@ import torch
 
 from plumbing import output, parallel
 
-# Ctrl-C, a kill, a terminal that is gone, the warning that SLURM and accelerate give; not every system has all
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+# Ctrl-C, a kill, a lost terminal, the warning that SLURM and accelerate give; not every system has all
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+           if hasattr(signal, name)]
 NAMED = 5        # transitions named in one message; more are counted
 RECEIVED = []    # signals: the one thing here that outlives a call, as signals belong to the process
 

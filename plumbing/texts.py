@@ -1,7 +1,8 @@
 """Prompt files, told by their content: CSV (commas, tabs or semicolons), JSONL, and plain text by reward.py.
 
-A table has a column of prompts, by one of the names that published files use. Every row has the header's field
-count and quoting is strict, so that nothing that was not understood becomes a prompt. Errors name file and line.
+A table has a column of prompts, by one of the names that published files use. Every row has the header's
+field count and quoting is strict, so that nothing that was not understood becomes a prompt. Errors name file
+and line.
 """
 
 import csv
@@ -12,8 +13,8 @@ from pathlib import Path
 
 from reward import Prompt, parse_prompts, read_text
 
-# What a row needs -> the columns that may hold it: the hub's names of I2P and those of the repackaged ESD file. An
-# attack's CSV has its prompts in adv_prompt, as R1's evaluator reads it.
+# What a row needs -> the columns that may hold it: the hub's names of I2P and those of the repackaged ESD
+# file. An attack's CSV has its prompts in adv_prompt, as R1's evaluator reads it.
 COLUMNS = {"prompt": ("adv_prompt", "prompt", "caption"), "categories": ("categories", "category"),
            "seed": ("evaluation_seed", "sd_seed"), "guidance": ("evaluation_guidance", "sd_guidance_scale"),
            "width": ("sd_image_width",), "height": ("sd_image_height",), "case": ("case_number",)}
@@ -28,8 +29,8 @@ def column(row: dict, need: str) -> str | None:
 
 
 def read_table(path) -> list[tuple[int, dict]] | None:
-    """The rows of a CSV or JSONL as (line, {column: value}), or None for a file of plain lines. Raises ValueError
-    naming file and line, or OSError."""
+    """The rows of a CSV or JSONL as (line, {column: value}), or None for a file of plain lines. Raises
+    ValueError naming file and line, or OSError."""
     path = Path(path)
     text = read_text(path)
     first = text.lstrip().partition("\n")[0].rstrip("\r")
@@ -46,7 +47,8 @@ def header(line: str, delimiter: str) -> list[str]:
 
 
 def read_csv(path: Path, text: str, delimiter: str) -> list[tuple[int, dict]]:
-    reader, rows, names, line = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [], [], 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, names, line = [], [], 1
     try:
         for fields in reader:
             if fields and not names:
@@ -56,13 +58,14 @@ def read_csv(path: Path, text: str, delimiter: str) -> list[tuple[int, dict]]:
                     raise ValueError(f"{path}, line {line}: two columns of one name in {', '.join(named)}")
             elif fields:
                 if len(fields) != len(names):
-                    raise ValueError(f"{path}, line {line}: {len(fields)} fields, but the header has {len(names)}: "
-                                     f"{', '.join(names)}; quote a field that holds {delimiter!r} or a quote")
+                    raise ValueError(f"{path}, line {line}: {len(fields)} fields, but the header has "
+                                     f"{len(names)}: {', '.join(names)}; quote a field that holds "
+                                     f"{delimiter!r} or a quote")
                 rows.append((line, dict(zip(names, fields))))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: not a CSV row ({error}); quote a field that holds {delimiter!r} or a "
-                         "line's end, and double the quotes in it") from None
+        raise ValueError(f"{path}, line {line}: not a CSV row ({error}); quote a field that holds "
+                         f"{delimiter!r} or a line's end, and double the quotes in it") from None
     return checked(path, rows, names)
 
 
@@ -73,9 +76,11 @@ def read_objects(path: Path, text: str) -> list[tuple[int, dict]]:
             try:
                 row = json.loads(content)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {line}: not JSON ({error}); expected one object a line") from None
+                raise ValueError(f"{path}, line {line}: not JSON ({error}); expected one object a line"
+                                 ) from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {line}: a JSON {type(row).__name__}; expected one object a line")
+                raise ValueError(f"{path}, line {line}: a JSON {type(row).__name__}; "
+                                 "expected one object a line")
             if rows and (lost := [n for n in rows[0][1] if n in NAMES and n not in row]):
                 raise ValueError(f"{path}, line {line}: no {lost[0]}, which line {rows[0][0]} has")
             rows.append((line, row))
@@ -86,7 +91,8 @@ def checked(path: Path, rows: list, names: list) -> list[tuple[int, dict]]:
     """The rows, whose prompts are there and are text."""
     name = column(dict.fromkeys(names), "prompt")
     if name is None:
-        raise ValueError(f"{path}: no column {' or '.join(COLUMNS['prompt'])}; it has {', '.join(names) or 'none'}")
+        raise ValueError(f"{path}: no column {' or '.join(COLUMNS['prompt'])}; "
+                         f"it has {', '.join(names) or 'none'}")
     for line, row in rows:
         if not isinstance(row[name], str):
             raise ValueError(f"{path}, line {line}: {name} is {row[name]!r}, not text")
@@ -113,8 +119,8 @@ def number(path, line: int, row: dict, need: str, kind=int, low: float = 0, high
 
 
 def read_prompts(paths) -> list[Prompt]:
-    """The prompts of files of any of the formats. A table's row has the first of its `categories`; one without a
-    prompt is left out, and said so. Raises ValueError or OSError naming file and line."""
+    """The prompts of files of any of the formats. A table's row has the first of its `categories`; one
+    without a prompt is left out, and said so. Raises ValueError or OSError naming file and line."""
     prompts = []
     for path in paths:
         rows, before = read_table(path), len(prompts)
