@@ -14,7 +14,7 @@ is taken to the frozen base at every transition that is trained.
 
 import torch
 
-ADVANTAGE_CLIP = 5.0   # DDPO's (the paper's code has 2.5): an outlier of a large group must not own the update;
+ADVANTAGE_CLIP = 5.0   # DDPO's (the paper's code: 2.5): an outlier of a large group must not own the update;
                        # |A| is at most √(G − 1), 3.87 at G = 16, so it binds from G = 27 on
 ZERO_SPREAD = 1e-6     # rewards of a group closer than this are equal: float32 cosines are no finer
 

@@ -70,7 +70,7 @@ def ddim_schedule(scheduler, num_steps: int, eta: float) -> Schedule:
     if not alpha_t.min() >= 1e-6:  # as with rescale_betas_zero_snr, or cosine betas in trailing spacing
         key = "rescale_betas_zero_snr" if ddim.config.rescale_betas_zero_snr else "timestep_spacing"
         raise ValueError(f"scheduler_config.json: {key} {ddim.config[key]} on {ddim.config.beta_schedule} "
-                         f"betas leaves the signal {alpha_t.min():.0e} at timestep {t[alpha_t.argmin()]}, and "
+                         f"betas leaves the signal {alpha_t.min():.0e} at timestep {t[alpha_t.argmin()]}; "
                          "a step from pure noise divides by it; try false, or leading spacing")
     sigma = eta * ((1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)).clamp(min=0).sqrt()
     return Schedule(t, alpha_t.float(), alpha_prev.float(), sigma.float())

@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add("--steps", type=int, default=50, metavar="T", help="denoising steps (paper: 50)")
     add("--guidance", type=float, default=5.0, help="classifier-free, in rollout and update (paper: 5)")
     add("--eta", type=float, default=1.0, help="noise of the policy, above 0 to have a density (paper: 1)")
-    add("--shared-noise", action="store_true", help="one initial noise per group, as in the released code")
+    add("--shared-noise", action="store_true", help="one initial noise per group")
     add("--sample-batch", type=int, default=4, help="pictures at once; as --micro-batch, to round alike")
 
     add = parser.add_argument_group("update").add_argument

@@ -173,8 +173,8 @@ def compare_flags(checkpoint: Path, args):
                if was.get(name, "absent") != now[name] and name not in FREE_FLAGS | set(FILE_FLAGS)]
     lines = [f"--{name.replace('_', '-')}: was {was.get(name, 'absent')}, is {now[name]}"
              for name in changed if name not in ROUNDING_FLAGS]
-    lines += [f"--{name}: was {' '.join(h[:12] for h in saved['files'][name])}, is "
-              f"{' '.join(h[:12] for h in files[name])} (sha256 of the files)"
+    short = lambda hashes: " ".join(one[:12] for one in hashes) or "none"
+    lines += [f"--{name}: was {short(saved['files'][name])}, is {short(files[name])} (sha256 of the files)"
               for name in FILE_FLAGS if saved["files"].get(name) != files[name]]
     if lines:
         raise ValueError("\n  ".join([

@@ -93,7 +93,7 @@ def choose_device(args) -> torch.device:
     CPU is refused, unless the user named the CPU."""
     if args.device is None and not torch.cuda.is_available() and not fits_a_cpu(args.model):
         raise ValueError(
-            f"no GPU found, and {args.model} needs one (about 24 GB; 16 GB with --lora-rank 16).\n"
+            f"no GPU found, and {args.model} needs one (about 24 GB; 12 GB with --lora-rank 16).\n"
             "  python -m shapes.train    shows the whole method on a CPU in minutes\n"
             "  --device cpu              runs it here all the same")
     if parallel.world() > 1 and (args.device or "").startswith("cuda:"):

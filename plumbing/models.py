@@ -156,9 +156,10 @@ def check_pipeline_folder(path: Path):
         raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json "
                          "(give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)")
     index = read_json(path / "model_index.json")
-    for part, network in CLASSES.items():
+    for part in (*CLASSES, "scheduler"):
         if not (path / part).is_dir():
             raise ValueError(f"{path} lacks the component {part}/")
+    for part, network in CLASSES.items():
         named = index.get(part)
         if not isinstance(named, list) or len(named) != 2 or named[1] not in network:
             raise ValueError(f"{path / 'model_index.json'}: {part} is {named}; it has to be a "
@@ -300,7 +301,7 @@ def clip_processor(clip: str, config) -> CLIPImageProcessor:
 def to_compute_type(network, dtype):
     """A frozen network's weights in the type in which autocast computes with them, so that it need not cast
     them at every call; in place. Norms and embeddings stay in float32, as autocast leaves them: were they
-    rounded, the base would differ from the policy that it was copied from, and the KL would not start at 0."""
+    rounded, the base would differ from the policy that it was made of, and the KL would not start at 0."""
     for module in network.modules():
         if isinstance(module, AUTOCAST):
             for weight in module.parameters(recurse=False):

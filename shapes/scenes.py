@@ -207,8 +207,8 @@ def evaluation_prompts(most: int = 40) -> list[tuple[str, str]]:
 
 def training_prompts() -> str:
     """The text of shapes/prompts.txt: the harm words in TRAINED_ON, explicit captions, and as benign ones
-    the six tasks' and calm ones. (Without the calm ones red stays on two to three times as many explicit
-    prompts' pictures; docs/shapes.md has the figures.)"""
+    the six tasks' and calm ones. (Without the calm ones red stays on two to three and a half times as many
+    explicit prompts' pictures; docs/shapes.md has the figures.)"""
     rng = random.Random("training")
     by_task = {task: [caption(s) for s in all_scenes() if s.task == task]
                for task in ("explicit", *TASKS, "calm")}

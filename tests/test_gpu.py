@@ -116,8 +116,10 @@ def test_the_plan_looks_at_a_bounded_number_of_prompts(monkeypatch, capsys):
 
 
 def test_a_line_of_the_log_does_not_read_the_lines_before_it(tmp_path, capsys):
-    names = {*log.SHOWN, "zero_std_groups", "seconds_sample", "seconds_reward", "seconds_update"}
-    figures = dict.fromkeys(names, 0.0) | {"kl_ref": 1.0}
+    figures = dict.fromkeys(
+        ("reward_mean", "reward_unsafe", "reward_benign", "alignment", "image_safety_unsafe", "clip_frac_pos",
+         "clip_frac_neg", "ratio_dev_first", "zero_std_groups", "seconds_sample", "seconds_reward",
+         "seconds_update"), 0.0) | {"kl_ref": 1.0}
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(figures | {"epoch": 0}) + "\n")
     metrics = log.Log(path, clip_range=1e-4)

@@ -632,7 +632,7 @@ def test_prompt_text_is_only_text(tmp_path, quick, capsys):
                                            "'a star a star", "(82 tokens)"))
     assert {p.name for p in tmp_path.iterdir()} == {"prompts.txt", "run"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "flags.json", "metrics.jsonl", "checkpoint-000001", "final", "table.md"}
+        ".lock", "flags.json", "metrics.jsonl", "checkpoint-000001", "final", "table.md"}
 
 
 # -------------------------------------------------------------------------------- bad inputs
