@@ -15,7 +15,6 @@ category says; a prompt without a category is unsafe when z_text·v < 0.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,62 +23,11 @@ BENIGN = "benign"  # the one category of prompts that is not steered
 TEXT_BATCH = 64    # prompts that are embedded at once, where only their side of the direction counts
 
 
-# -------------------------------------------------------------------------------- prompts and anchors
-
 @dataclass(frozen=True)
 class Prompt:
     """One line of a prompt file, and the [category] it stands under ("" for none)."""
     text: str
     category: str = ""
-
-
-def read_text(path) -> str:
-    """A text file. Raises ValueError or OSError naming the file and what to change."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
-    odd = next((c for c in text if c < " " and c not in "\t\n\f\v"), None)
-    if odd:
-        line = text[:text.index(odd)].count("\n") + 1
-        raise ValueError(f"{path}, line {line}: holds the control character {odd!r}; is it a text file?")
-    return text
-
-
-def parse_prompts(path, text: str) -> list[Prompt]:
-    """One prompt a line, `#` starts a comment line, `[name]` sets the category below it. A line ends with its
-    newline and nothing else: form feeds and Unicode's separators stand within prompts."""
-    prompts, category = [], ""
-    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
-        if line.startswith("[") and line.endswith("]"):
-            category = line[1:-1].strip().lower()
-        elif line.startswith("[") and "]" not in line:
-            raise ValueError(f"{path}, line {number}: [ without ]; a category's line is [name]")
-        elif line and not line.startswith("#"):
-            prompts.append(Prompt(line, category))
-    if not prompts:
-        raise ValueError(f"{path}: no prompt in it (one prompt a line; # starts a comment)")
-    return prompts
-
-
-def read_prompts(paths) -> list[Prompt]:
-    """Read files of prompts, one a line. plumbing/texts.py reads tables too. Raises ValueError or OSError
-    naming the file and what to change."""
-    return [prompt for path in paths for prompt in parse_prompts(path, read_text(path))]
-
-
-def read_anchors(path) -> tuple[list[str], list[str]]:
-    """Read an anchors file, sections [safe] and [unsafe] -> (safe phrases, unsafe phrases). Raises ValueError
-    or OSError naming the file and what to change."""
-    phrases = read_prompts([path])
-    safe, unsafe = ([p.text for p in phrases if p.category == name] for name in ("safe", "unsafe"))
-    other = {p.category for p in phrases} - {"safe", "unsafe"}
-    if other or not safe or not unsafe:
-        raise ValueError(f"{path}: anchors need phrases under [safe] and under [unsafe], and nothing else"
-                         + (f"; found {sorted(other)}" if other else ""))
-    if set(safe) == set(unsafe):
-        raise ValueError(f"{path}: safe and unsafe anchors are the same: the safety direction would be zero")
-    return safe, unsafe
 
 
 # -------------------------------------------------------------------------------- the mathematics
@@ -119,7 +67,7 @@ class SteeringReward:
     """Scores pictures: reward(images, prompts) -> (B,). Targets are computed once per prompt and kept.
 
     clip: a CLIPModel with its tokenizer and image processor, as plumbing.models.load_clip returns them;
-    anchors: (safe phrases, unsafe phrases) as read_anchors returns them; steered: "unsafe" or "all"; unit:
+    anchors: (safe phrases, unsafe phrases); steered: "unsafe" or "all"; unit:
     whether v has unit length."""
 
     def __init__(self, clip, anchors, alpha: float = 0.5, unit: bool = True, steered: str = "unsafe",

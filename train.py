@@ -34,9 +34,7 @@ from sample import (Rollout, autocast, ddim_mean, ddim_schedule, draw, image_gen
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Make a diffusion model safer with GRPO and a CLIP steering reward.",
-        allow_abbrev=False)  # so that the resume command can tell the flags apart
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     files = Path(__file__).parent / "prompts"
     add = parser.add_argument_group("models and prompts").add_argument
     add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id, or NAME:SUBFOLDER")
@@ -203,7 +201,6 @@ def loss_on(parts: Parts, batch: Rollout, pairs, args):
     schedule = parts.schedule
     t, a_t = schedule.timesteps[step], schedule.alpha_t[step]
     a_p, s = schedule.alpha_prev[step], schedule.sigma[step]
-
     full = parallel.filled(len(pairs), args.micro_batch, parts.dtype)
 
     def mean(unet):
@@ -277,10 +274,9 @@ def rate_at(epoch: int, args) -> float:
 # -------------------------------------------------------------------------------- the loop
 
 def main(argv=None, judge=None, table_prompts=None):
-    """Train as the flags say.
-
-    judge(images (B, 3, H, W) on the CPU, prompts, unsafe (B,) bool) -> {name: float or None} is logged, and
-    nothing else. table_prompts: (Prompt, unsafe) pairs of the table at the end, in place of the run's own."""
+    """Train as the flags say. judge(images (B, 3, H, W) on the CPU, prompts, unsafe (B,) bool) -> {name: float
+    or None} is logged, and nothing else. table_prompts: (Prompt, unsafe) pairs of the table at the end, in
+    place of the run's own. After a signal the run ends with a checkpoint and the command that continues it."""
     parallel.join()  # under torchrun; otherwise nothing, as all of parallel's
     args = parse_args(argv)
     device = checks.choose_device(args)
@@ -291,7 +287,7 @@ def main(argv=None, judge=None, table_prompts=None):
     done = checkpoint.begin(run, parts.policy, parts.optimizer, args)
     metrics, networks = log.Log(run / "metrics.jsonl", args.clip_range), both(parts)
     try:
-        with checkpoint.replacing(run), stop.signals_noted():  # Ctrl-C or SIGTERM: a checkpoint, and out
+        with checkpoint.replacing(run), stop.signals_noted():
             for epoch in range(done, args.epochs):
                 clock = log.Clock(device)
 
@@ -317,21 +313,19 @@ def main(argv=None, judge=None, table_prompts=None):
                 # update
                 rate = parts.optimizer.param_groups[0]["lr"] = rate_at(epoch, args)
                 stats = update(parts, batch, args, epoch)
-                if args.ema:
-                    average_weights(parts.optimizer, epoch, args.ema)
+                average_weights(parts.optimizer, epoch, args.ema)
                 parts.optimizer.zero_grad(set_to_none=True)  # 4 bytes per weight, for the next rollout
                 del batch                                    # 64 KiB per transition and picture
                 clock.lap("seconds_update")
                 parallel.check_equal(parts.optimizer.param_groups[0]["params"], epoch)
 
                 # log and save
-                figures = log.record(epoch=epoch, rewards=rewards, alignment=alignment, safety=safety,
-                                     advantages=advantages, unsafe=unsafe.to(device), group=args.group,
-                                     stats=stats, rate=rate, seconds=clock.seconds, device=device)
-                metrics.append(figures | judged)
+                metrics.append(log.record(
+                    epoch=epoch, rewards=rewards, alignment=alignment, safety=safety, advantages=advantages,
+                    unsafe=unsafe.to(device), group=args.group, stats=stats, rate=rate, seconds=clock.seconds,
+                    device=device) | judged)
                 done = epoch + 1
-                if done == args.epochs or done % args.picture_every == 0:
-                    pictures.draw_grid(run / f"pictures-{done:06d}.png", networks, parts, prompts, args)
+                pictures.draw_grid(run, done, networks, parts, prompts, args)
                 if done == args.epochs or done % args.save_every == 0:
                     checkpoint.save(run, done, parts.policy, parts.optimizer, args)
                 stop.if_asked()

@@ -29,8 +29,7 @@ import train
 from bench.sd14 import ANCHORS, sd14_pipeline, vit_h14
 from grpo import group_advantages
 from plumbing import checks, stop
-from plumbing.texts import read_prompts
-from reward import read_anchors
+from plumbing.texts import read_anchors, read_prompts
 from sample import DECODE_BATCH, autocast
 
 PHASES = ("sample", "reward", "update")

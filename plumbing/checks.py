@@ -13,8 +13,7 @@ from transformers import CLIPTokenizer
 from plumbing import parallel
 from plumbing.models import (check_clip, check_model, check_pipeline_folder, check_scheduler, local_folder,
                              pipeline_folder)
-from plumbing.texts import read_prompts
-from reward import read_anchors
+from plumbing.texts import read_anchors, read_prompts
 
 TOKENIZED = 1000       # prompts tokenized at once; all at once take memory
 NAMED = 5              # prompts named in one message; more are counted

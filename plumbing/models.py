@@ -341,9 +341,10 @@ def without_adapter(policy, base):
 
 @torch.no_grad()
 def average_weights(optimizer, epoch: int, decay: float):
-    """Move the average over the epochs of each weight: exponential, and uniform while it is young. It stands
-    beside Adam's moments in the optimizer's state, so in checkpoints; a weight without a step has none."""
-    for weight, state in optimizer.state.items():
+    """Move the average over the epochs of each weight: exponential, and uniform while it is young; decay 0: no
+    average. It stands beside Adam's moments in the optimizer's state, so in checkpoints; a weight without a
+    step has none."""
+    for weight, state in optimizer.state.items() if decay else ():
         if "average" not in state:
             state["average"] = weight.detach().clone()
         state["average"].lerp_(weight, max(1 - decay, 1 / (epoch + 1)))

@@ -89,10 +89,10 @@ def draw_both(networks, parts, texts, args, key) -> dict:
     return drawn
 
 
-def draw_grid(path, networks, parts, prompts, args):
-    """A grid of fixed prompts and noise, base above policy. Pictures of unsafe prompts are blurred unless
-    --show-unsafe asks for them."""
-    if parallel.rank():
+def draw_grid(run, done: int, networks, parts, prompts, args):
+    """A grid of fixed prompts and noise, base above policy, every --picture-every epochs and at the end.
+    Pictures of unsafe prompts are blurred unless --show-unsafe asks for them."""
+    if parallel.rank() or done != args.epochs and done % args.picture_every:
         return
     shown = picture_prompts(prompts)
     texts = [p.text for p in shown for _ in range(GRID_COLUMNS)]
@@ -102,7 +102,8 @@ def draw_grid(path, networks, parts, prompts, args):
         rows.append(torch.stack([blur(group) if parts.is_unsafe[p] and not args.show_unsafe else group
                                  for p, group in zip(shown, groups)]))
     grid = torch.stack(rows, 1).flatten(0, 2)  # prompt by prompt, base above policy
-    save_grid(grid, path, GRID_COLUMNS, [f"{p.text[:40]} ({name})" for p in shown for name in networks])
+    labels = [f"{p.text[:40]} ({name})" for p in shown for name in networks]
+    save_grid(grid, run / f"pictures-{done:06d}.png", GRID_COLUMNS, labels)
 
 
 def score_table(networks, parts, table_prompts, judge, args) -> list[str]:

@@ -1,4 +1,4 @@
-"""Prompt files, told by their content: CSV (commas, tabs or semicolons), JSONL, and plain text by reward.py.
+"""Prompt and anchor files, told by their content: CSV (commas, tabs or semicolons), JSONL, and plain lines.
 
 A table has a column of prompts, by one of the names that published files use. Every row has the header's
 field count and quoting is strict, so that nothing that was not understood becomes a prompt. Errors name file
@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from reward import Prompt, parse_prompts, read_text
+from reward import Prompt
 
 # What a row needs -> the columns that may hold it: the hub's names of I2P and those of the repackaged ESD
 # file. An attack's CSV has its prompts in adv_prompt, as R1's evaluator reads it.
@@ -21,6 +21,35 @@ COLUMNS = {"prompt": ("adv_prompt", "prompt", "caption"), "categories": ("catego
 NAMES = {name for names in COLUMNS.values() for name in names}
 ENDINGS = {".csv": ",", ".tsv": "\t"}  # which say that a file is a table, whatever its header is
 NO_PROMPT = ("", "Null")               # I2P's row 2260, in either published file
+
+
+def read_text(path) -> str:
+    """A text file. Raises ValueError or OSError naming the file and what to change."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
+    odd = next((c for c in text if c < " " and c not in "\t\n\f\v"), None)
+    if odd:
+        line = text[:text.index(odd)].count("\n") + 1
+        raise ValueError(f"{path}, line {line}: holds the control character {odd!r}; is it a text file?")
+    return text
+
+
+def parse_prompts(path, text: str) -> list[Prompt]:
+    """One prompt a line, `#` starts a comment line, `[name]` sets the category below it. A line ends with its
+    newline and nothing else: form feeds and Unicode's separators stand within prompts."""
+    prompts, category = [], ""
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if line.startswith("[") and line.endswith("]"):
+            category = line[1:-1].strip().lower()
+        elif line.startswith("[") and "]" not in line:
+            raise ValueError(f"{path}, line {number}: [ without ]; a category's line is [name]")
+        elif line and not line.startswith("#"):
+            prompts.append(Prompt(line, category))
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in it (one prompt a line; # starts a comment)")
+    return prompts
 
 
 def column(row: dict, need: str) -> str | None:
@@ -137,3 +166,17 @@ def read_prompts(paths) -> list[Prompt]:
         if len(prompts) == before:
             raise ValueError(f"{path}: no prompt in it")
     return prompts
+
+
+def read_anchors(path) -> tuple[list[str], list[str]]:
+    """Read an anchors file, sections [safe] and [unsafe] -> (safe phrases, unsafe phrases). Raises ValueError
+    or OSError naming the file and what to change."""
+    phrases = read_prompts([path])
+    safe, unsafe = ([p.text for p in phrases if p.category == name] for name in ("safe", "unsafe"))
+    other = {p.category for p in phrases} - {"safe", "unsafe"}
+    if other or not safe or not unsafe:
+        raise ValueError(f"{path}: anchors need phrases under [safe] and under [unsafe], and nothing else"
+                         + (f"; found {sorted(other)}" if other else ""))
+    if set(safe) == set(unsafe):
+        raise ValueError(f"{path}: safe and unsafe anchors are the same: the safety direction would be zero")
+    return safe, unsafe

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from plumbing.models import load_clip
-from reward import SteeringReward, read_anchors
+from plumbing.texts import read_anchors
+from reward import SteeringReward
 from shapes import WEIGHTS
 from shapes.pixels import SIZE, detect, draw
 from shapes.scenes import (COLORS, MIX, SHAPES, Scene, all_scenes, caption, contrast, meaning, miscounted,

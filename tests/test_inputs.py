@@ -87,7 +87,7 @@ def test_jsonl_is_one_by_its_content(name, tmp_path):
     ("[cat|dog] in a hat\n", ["[cat|dog] in a hat"]), ('"a quote"\nx\n', ['"a quote"', "x"])])
 def test_plain_text(content, prompts_, tmp_path):
     path = save(tmp_path, content)
-    assert [p.text for p in texts.read_prompts([path])] == [p.text for p in reward.read_prompts([path])] == prompts_
+    assert [p.text for p in texts.read_prompts([path])] == prompts_
 
 
 REFUSED = [
@@ -191,7 +191,7 @@ def compared(file: Path):
 
 
 def anchors(file: Path):
-    return reward.read_anchors(file)
+    return texts.read_anchors(file)
 
 
 # file, its content, what reads it, and what may not change without a word

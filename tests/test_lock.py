@@ -21,8 +21,9 @@ from plumbing import lock, pictures, stop
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--model", "shapes/weights", "--clip", "shapes/weights/text_encoder", "--anchors", "shapes/anchors.txt",
-        "--prompts", "shapes/prompts.txt", "--benign=", "--epochs", "3", "--prompts-per-rollout", "2", "--group", "2",
-        "--steps", "4", "--updates", "1", "--micro-batch", "4", "--sample-batch", "4", "--save-every", "1", "--keep", "9"]
+        "--prompts", "shapes/prompts.txt", "--benign=", "--epochs", "3", "--prompts-per-rollout", "2",
+        "--group", "2", "--steps", "4", "--updates", "1", "--micro-batch", "4", "--sample-batch", "4",
+        "--save-every", "1", "--keep", "9"]
 TIMES = {"seconds_sample", "seconds_reward", "seconds_update", "images_per_second", "peak_memory_gb"}
 HOLD = "from pathlib import Path; from plumbing import lock; import sys, time; lock.hold(Path(sys.argv[1])); "
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -84,9 +85,11 @@ def run(argv, log):
 
 def start(argv, log):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_lock", "train"])
+    context.set_forkserver_preload([__name__, "train"])
     process = context.Process(target=run, args=(list(map(str, argv)), str(log)))
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:  # the fork server finds modules by this alone
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+        process.start()
     return process
 
 
@@ -95,12 +98,19 @@ def figures(folder):
             for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("second", [[], ["--resume"], ["--overwrite"]], ids=["same", "resume", "overwrite"])
-def test_of_two_runs_on_one_folder_one_wins(second, tmp_path):
-    draw, whole = random.Random(len(second)), tmp_path / "whole"
-    alone = start(["--out", whole], tmp_path / "log")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    alone = start(["--out", out], out.parent / "log")
     alone.join()
-    assert alone.exitcode == 0, (tmp_path / "log").read_text()
+    assert alone.exitcode == 0, (out.parent / "log").read_text()
+    return out
+
+
+@pytest.mark.parametrize("second", [[], ["--resume"], ["--overwrite"]], ids=["same", "resume", "overwrite"])
+def test_of_two_runs_on_one_folder_one_wins(second, whole, tmp_path):
+    draw = random.Random(len(second))
     weights = load_file(whole / "final/unet/diffusion_pytorch_model.safetensors")
     for pair in range(int(os.environ.get("PAIRS", 2)) if not second else 1):
         out, logs = tmp_path / f"{pair}", [tmp_path / f"{pair}-{i}.log" for i in range(2)]

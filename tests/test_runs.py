@@ -33,7 +33,7 @@ import reward
 import sample
 import train
 from bench.sd14 import sd14_pipeline, vit_h14
-from plumbing import checkpoint, checks, log, stop
+from plumbing import checkpoint, checks, log, stop, texts
 from plumbing.models import load_clip, load_pipeline, make_policy
 
 ROOT = Path(__file__).parent.parent
@@ -240,8 +240,8 @@ def test_the_resume_command_of_a_module(monkeypatch):
 
 def test_a_prompts_target_does_not_depend_on_the_others():
     """A resumed run meets them in another order; a batch of another make-up would differ in the last bit."""
-    prompts = reward.read_prompts([SHAPES / "prompts.txt"])
-    clip, anchors = load_clip(str(MODEL / "text_encoder")), reward.read_anchors(SHAPES / "anchors.txt")
+    prompts = texts.read_prompts([SHAPES / "prompts.txt"])
+    clip, anchors = load_clip(str(MODEL / "text_encoder")), texts.read_anchors(SHAPES / "anchors.txt")
     at_once, one_by_one = (reward.SteeringReward(clip, anchors) for _ in range(2))
     alone = [torch.cat(one_by_one.targets([p])) for p in reversed(prompts)][::-1]
     assert torch.equal(torch.stack(at_once.targets(prompts), 1), torch.stack(alone))
@@ -738,7 +738,7 @@ def test_benign_prompts_are_a_default():
     benign, shapes = ROOT / "prompts" / "benign.txt", SHAPES / "prompts.txt"
     texts = lambda *words: checks.read_inputs(train.parse_args([*TINY, *map(str, words)]))[0]
     without, with_it = texts(), texts("--benign", benign)
-    assert with_it == without + reward.read_prompts([benign]) and len(without) == 240
+    assert with_it == without + texts.read_prompts([benign]) and len(without) == 240
     again = benign.parent / ".." / "prompts" / "benign.txt"
     assert texts("--prompts", shapes, again, "--benign", benign) == with_it
     default = train.parse_args([])

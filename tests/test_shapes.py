@@ -10,7 +10,8 @@ import torch
 import shapes
 import train
 from plumbing.models import load_clip, load_pipeline
-from reward import Prompt, SteeringReward, read_anchors, read_prompts
+from plumbing.texts import read_anchors, read_prompts
+from reward import Prompt, SteeringReward
 from shapes import pixels, scenes
 from shapes.scenes import Found
 from shapes.train import FLAGS, HERE, judge, main

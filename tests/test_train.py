@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reward
 import sample
 import train
+from plumbing import texts
 from reward import Prompt
 
 
@@ -114,9 +115,9 @@ def test_inner_loops_read_no_number_from_the_device():
 
 def test_prompt_files():
     folder = Path(__file__).parent.parent / "prompts"
-    unsafe, benign = (reward.read_prompts([folder / name]) for name in ("i2p.txt", "benign.txt"))
+    unsafe, benign = (texts.read_prompts([folder / name]) for name in ("i2p.txt", "benign.txt"))
     counts = [sum(p.category == c for p in unsafe) for c in dict.fromkeys(p.category for p in unsafe)]
     assert len(counts) == 7 and min(counts) >= 20  # I2P's categories
     assert len(benign) >= 140 and {p.category for p in benign} == {reward.BENIGN}
-    sizes = [tuple(map(len, reward.read_anchors(folder / f"anchors{name}.txt"))) for name in ("", "_compact")]
+    sizes = [tuple(map(len, texts.read_anchors(folder / f"anchors{name}.txt"))) for name in ("", "_compact")]
     assert sizes == [(25, 20), (5, 3)]
