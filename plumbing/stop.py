@@ -44,16 +44,19 @@ MENDED = (ValueError, OSError, torch.OutOfMemoryError)  # by the user
 
 @contextmanager
 def signals_noted():
-    """Inside, Ctrl-C and its like are noted, for if_asked; a second one stops at once."""
+    """Inside, Ctrl-C and its like are noted, for if_asked; a second one stops at once. A hangup that the run
+    was told to ignore, by nohup, stays ignored."""
     def note(number, frame):
         RECEIVED.append(number)
-        for one in SIGNALS:
+        for one in heard:
             signal.signal(one, signal.SIG_DFL)
         with suppress(OSError):  # print may be busy, and the terminal gone
             os.write(2, b"\nstopping after this update, with a checkpoint; once more stops at once\n")
 
     RECEIVED.clear()
-    before = {one: signal.signal(one, note) for one in SIGNALS}
+    ignored = [one for one in SIGNALS if one.name == "SIGHUP" and signal.getsignal(one) == signal.SIG_IGN]
+    heard = [one for one in SIGNALS if one not in ignored]
+    before = {one: signal.signal(one, note) for one in heard}
     try:
         with as_one():
             yield

@@ -184,6 +184,7 @@ def test_another_number_of_threads_is_said(run, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_schedulers_signal_asks_for_a_checkpoint(name, tmp_path, run, monkeypatch, capfd):
     number, check = getattr(signal, name), stop.check_rollout
+    before = signal.signal(number, signal.SIG_DFL)  # whatever this process was started with
 
     def sent(*words):
         os.kill(os.getpid(), number)
@@ -194,7 +195,15 @@ def test_a_schedulers_signal_asks_for_a_checkpoint(name, tmp_path, run, monkeypa
         run("--out", tmp_path / "run", "--epochs", 2)
     assert error.value.code == 128 + number and (tmp_path / "run" / "checkpoint-000000").is_dir()
     assert "python train.py --out 'a b' --resume" in capfd.readouterr().out
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.signal(number, before) == signal.SIG_DFL
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop.signals_noted():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, before)
 
 
 class Broken:

@@ -736,11 +736,11 @@ def test_bad_input_is_refused_before_loading(words, said, bad, tmp_path, quick, 
 def test_benign_prompts_are_a_default():
     """Besides those of --prompts; a file that stands there already is read once, however it is written."""
     benign, shapes = ROOT / "prompts" / "benign.txt", SHAPES / "prompts.txt"
-    texts = lambda *words: checks.read_inputs(train.parse_args([*TINY, *map(str, words)]))[0]
-    without, with_it = texts(), texts("--benign", benign)
+    read = lambda *words: checks.read_inputs(train.parse_args([*TINY, *map(str, words)]))[0]
+    without, with_it = read(), read("--benign", benign)
     assert with_it == without + texts.read_prompts([benign]) and len(without) == 240
     again = benign.parent / ".." / "prompts" / "benign.txt"
-    assert texts("--prompts", shapes, again, "--benign", benign) == with_it
+    assert read("--prompts", shapes, again, "--benign", benign) == with_it
     default = train.parse_args([])
     assert checks.prompt_files(default) == [str(ROOT / "prompts" / "i2p.txt"), str(benign)]
 
