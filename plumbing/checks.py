@@ -15,7 +15,7 @@ from plumbing.models import (check_clip, check_model, check_pipeline_folder, che
                              pipeline_folder)
 from plumbing.texts import read_anchors, read_prompts
 
-TOKENIZED = 1000       # prompts tokenized at once; all at once take memory
+TOKENIZED = 8000       # prompts tokenized at once; all at once take memory
 NAMED = 5              # prompts named in one message; more are counted
 CPU_WEIGHTS = 2**28    # bytes of a UNet's weight files that a CPU trains in minutes; SD v1.4's are 3.4 GB
 

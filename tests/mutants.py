@@ -102,7 +102,7 @@ def tested(scratch: Path, test: str):
     out = os.open("printed", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(out, 1), os.dup2(out, 2)
     sys.dont_write_bytecode = True  # or the next mutant of a file might be taken for this one
-    os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", test]))
+    os._exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", test]))
 
 
 def killer(scratch: Path, file: str) -> str:
