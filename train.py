@@ -274,9 +274,9 @@ def rate_at(epoch: int, args) -> float:
 # -------------------------------------------------------------------------------- the loop
 
 def main(argv=None, judge=None, table_prompts=None):
-    """Train as the flags say. judge(images (B, 3, H, W) on the CPU, prompts, unsafe (B,) bool) -> {name: float
-    or None} is logged, and nothing else. table_prompts: (Prompt, unsafe) pairs of the table at the end, in
-    place of the run's own. After a signal the run ends with a checkpoint and the command that continues it."""
+    """Train as the flags say. judge(images (B, 3, H, W) on the CPU, prompts, unsafe (B,) bool) -> {name:
+    float or None} is logged, and nothing else. table_prompts: (Prompt, unsafe) pairs of the table at the end,
+    not the run's own. After a signal the run ends with a checkpoint and the command that continues it."""
     parallel.join()  # under torchrun; otherwise nothing, as all of parallel's
     args = parse_args(argv)
     device = checks.choose_device(args)
