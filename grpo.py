@@ -14,25 +14,26 @@ is taken to the frozen base at every transition that is trained.
 
 import torch
 
-ADVANTAGE_CLIP = 5.0   # DDPO's (the paper's code: 2.5): an outlier of a large group must not own the update;
-                       # |A| is at most √(G − 1), 3.87 at G = 16, so it binds from G = 27 on
+ADVANTAGE_CLIP = 5.0   # DDPO's (the paper's code: 2.5): an outlier must not own the update
+EPS = 1e-4             # the paper's code's; CLIP's spread within a group is about 1e-2
 ZERO_SPREAD = 1e-6     # rewards of a group closer than this are equal: float32 cosines are no finer
 
 
-def group_advantages(rewards, eps: float = 1e-4):
-    """A = (r − mean r) / (std r + e) over the G images of a prompt, clipped to ±5: (P, G), e = eps -> (P, G).
+def group_advantages(rewards, divisor: str = "batch"):
+    """A = (r − mean r) / (s + 1e-4), clipped to ±5: rewards (P, G) of P prompts' G images -> (P, G).
 
-    An e far below the spread gives every group the same say (CLIP's is about 1e-2, so the default hardly
-    shrinks an advantage); one between the spread of groups that are solved and of those that are not keeps
-    the noise of the former out of the gradient.
-    The standard deviation is the population's (divided by G). A group without spread teaches nothing: its
-    advantages are exactly 0, so that the caller can leave it out of the backward pass. Raises ValueError for
-    groups of one."""
+    The mean is the group's, over the images of one prompt. s is a standard deviation (the population's):
+    of the group itself (divisor "group", as in the paper), or, by default, the root mean square of all P
+    groups' ("batch"). The pictures of a solved prompt are all right, and what still sets their rewards apart
+    is CLIP's taste: divided by its own small spread it is as loud as a lesson, and the policy learns it.
+    A group without spread teaches nothing: its advantages are exactly 0, so that the caller can leave it out
+    of the backward pass. Raises ValueError for groups of one."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (prompts, images per prompt >= 2), not {tuple(rewards.shape)}")
     centred = rewards - rewards.mean(1, keepdim=True)
     std = rewards.std(1, correction=0, keepdim=True)
-    advantages = (centred / (std + eps)).clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
+    s = std if divisor == "group" else std.square().mean().sqrt()
+    advantages = (centred / (s + EPS)).clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
     return torch.where(std > ZERO_SPREAD, advantages, torch.zeros_like(advantages))
 
 

@@ -143,6 +143,7 @@ class Rollout:
     text: torch.Tensor       # (B, L, d) the prompts' states, float32
     null_text: torch.Tensor  # (1, L, d) the empty prompt's
     prompts: list | None = None               # B reward.Prompts
+    unsafe: torch.Tensor | None = None        # (B,) bool: of an unsafe prompt
     advantages: torch.Tensor | None = None    # (B,)
 
 

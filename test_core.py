@@ -175,12 +175,14 @@ def test_reward_is_the_formula(alpha, steered, unit):
 def test_advantages():
     torch.manual_seed(0)
     rewards = torch.randn(5, 8) * 0.01 + torch.arange(5)[:, None]
-    for eps, given in ((1e-4, {}), (0.05, dict(eps=0.05))):
-        expected = ((rewards - rewards.mean(1, keepdim=True))
-                    / (rewards.std(1, correction=0, keepdim=True) + eps))
-        torch.testing.assert_close(grpo.group_advantages(rewards, **given), expected)
-    solved, unsolved = grpo.group_advantages(torch.tensor([[0.01, -0.01], [0.2, -0.2]]), eps=0.05)[:, 0]
-    assert math.isclose(solved, 1 / 6, rel_tol=1e-5) and math.isclose(unsolved, 0.8, rel_tol=1e-5)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    for divisor, s in (("group", rewards.std(1, correction=0, keepdim=True)),
+                       ("batch", centred.square().mean().sqrt())):
+        torch.testing.assert_close(grpo.group_advantages(rewards, divisor), centred / (s + 1e-4))
+    torch.testing.assert_close(grpo.group_advantages(rewards), grpo.group_advantages(rewards, "batch"))
+    pair = torch.tensor([[0.01, -0.01], [0.2, -0.2]])  # a solved group, and one with a lesson
+    assert grpo.group_advantages(pair, "group")[:, 0].tolist() == pytest.approx([1, 1], rel=0.02)
+    assert grpo.group_advantages(pair)[:, 0].tolist() == pytest.approx([0.0706, 1.4116], rel=1e-3)
     outlier = torch.zeros(1, 100)
     outlier[0, 0] = 1.0
     for sign in (1, -1):
@@ -193,7 +195,8 @@ def test_groups_without_spread_have_no_advantage():
     """Equal rewards, and those apart by no more than the last bits of a float32 cosine; 1e-5 is a spread."""
     apart = torch.tensor([0.0, 1.0, 2.0, 3.0])
     for size, teaches in ((0.0, False), (6e-8, False), (3e-7, False), (1e-5, True)):
-        assert bool(grpo.group_advantages(0.3 + size * apart[None], eps=0.0).any()) == teaches
+        for divisor in ("batch", "group"):
+            assert bool(grpo.group_advantages(0.3 + size * apart[None], divisor).any()) == teaches
 
 
 def test_loss_equals_its_definition_and_finite_differences():
@@ -239,7 +242,8 @@ def plain_loss(unet, base, batch, pairs, args):
     A, c = batch.advantages[image], args.clip_range
     log_rho = policy.log_prob(x_prev) / 256 - batch.log_probs[image, step]
     rho, kl = log_rho.exp(), kl_divergence(policy, frozen) / 256
-    loss = -torch.min(A * rho, A * rho.clamp(1 - c, 1 + c)).mean() + args.kl * kl.mean()
+    loss = -torch.min(A * rho, A * rho.clamp(1 - c, 1 + c)).mean()
+    loss = loss + (torch.where(image % 2 == 0, args.kl, args.kl_benign) * kl).mean()
     counted = dict(positive=(A > 0).sum(), clipped_positive=((A > 0) & (rho > 1 + c)).sum(),
                    negative=(A < 0).sum(), clipped_negative=((A < 0) & (rho < 1 - c)).sum(),
                    kl_old=log_rho.square().sum() / 2, kl_ref=kl.sum(), deviation=(rho - 1).abs().max())
@@ -327,9 +331,11 @@ def test_kl_gradient_is_zero_at_the_base_and_positive_away():
     unet = tiny_unet()
     batch = rollout_for(unet)
     _, at_base = updated(unet, tiny_unet(), batch, kl=5.0)
-    stats, policy_only = updated(unet, tiny_unet(1), batch, kl=0.0)
+    stats, policy_only = updated(unet, tiny_unet(1), batch, kl=0.0, kl_benign=0.0)
     assert torch.equal(at_base, policy_only) and stats["kl_ref"] == 0
-    assert (updated(unet, tiny_unet(1), batch, kl=5.0)[1] - policy_only).norm() > 0.01 * policy_only.norm()
+    for weights in (dict(kl=5.0, kl_benign=0.0), dict(kl=0.0, kl_benign=5.0)):
+        away = updated(unet, tiny_unet(1), batch, **weights)[1]
+        assert (away - policy_only).norm() > 0.01 * policy_only.norm()
 
 
 # -------------------------------------------------------------------------------- what is drawn

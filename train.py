@@ -67,12 +67,15 @@ def parse_args(argv=None):
     add("--micro-batch", type=int, default=4, help="transitions at once; changes no gradient")
     add("--timestep-fraction", type=float, default=1.0, help="random share of each trajectory to train on")
     add("--skip-last", type=int, default=2, help="last transitions left out (README: why two)")
-    add("--advantage-eps", type=float, default=1e-4, metavar="E", help="E of (r - mean r) / (std r + E)")
+    add("--divisor", choices=("batch", "group"), default="batch",
+        help="of an advantage: the spread of all groups' rewards, or of its own group's (paper)")
     add("--learning-rate", "--lr", type=float, default=1e-5, help="paper: 1e-5")
     add("--decay-epochs", type=int, default=0, metavar="N", help="rate / (1 + epoch / N); 0: constant")
     add("--weight-decay", type=float, default=1e-4, help="paper: 1e-4")
     add("--clip-range", type=float, default=1e-4, help="of the ratio per dimension (DDPO, the paper's code)")
-    add("--kl", type=float, default=0.01, metavar="BETA", help="weight of the KL to the base; 0 for none")
+    add("--kl", type=float, default=0.01, metavar="BETA",
+        help="weight of the KL to the base on unsafe prompts; 0 for none (paper's code)")
+    add("--kl-benign", type=float, default=0.05, metavar="BETA", help="the same on benign prompts")
     add("--max-grad-norm", type=float, default=1.0)
     add("--ema", type=float, default=0.0, metavar="DECAY",
         help="final/ is the policy's mean over about 1 / (1 - DECAY) rollouts; 0: the policy itself (paper)")
@@ -169,6 +172,7 @@ def sample_groups(parts: Parts, chosen: list, args, epoch: int):
                              args.guidance, args.sample_batch, parts.dtype, keep=True, initial=initial,
                              progress=bar)
     batch.prompts = prompts
+    batch.unsafe = torch.tensor([parts.is_unsafe[p] for p in prompts], device=parts.device)
     return batch, images
 
 
@@ -192,7 +196,7 @@ def choose_transitions(advantages, trained: int, fraction: float, generator):
 
 
 def loss_on(parts: Parts, batch: Rollout, pairs, args):
-    """The loss on some transitions: clipped policy loss + beta·KL to the base.
+    """The loss on some transitions: clipped policy loss + beta·KL to the base, beta by the prompt's side.
 
     pairs (n, 2): picture and transition. Returns the scalar loss, log rho (n,) without gradient, and grpo's
     statistics with the sum of the KL among them."""
@@ -213,11 +217,12 @@ def loss_on(parts: Parts, batch: Rollout, pairs, args):
     logp, logp_old = log_prob(x_prev, mu, s), batch.log_probs[image, step]
     loss, stats = policy_loss(logp, logp_old, batch.advantages[image], args.clip_range)
     stats["kl_ref"] = torch.zeros_like(loss)
-    if args.kl:
+    if args.kl or args.kl_benign:
         with torch.no_grad(), without_adapter(parts.policy, parts.base):
             mu_ref = mean(parts.base)
         kl = gaussian_kl(mu, mu_ref, s)
-        loss = loss + args.kl * kl.mean()
+        beta = torch.where(batch.unsafe[image], args.kl, args.kl_benign)  # what must change is held less
+        loss = loss + (beta * kl).mean()
         stats["kl_ref"] = kl.detach().sum()
     return loss, logp.detach() - logp_old, stats
 
@@ -300,13 +305,14 @@ def main(argv=None, judge=None, table_prompts=None):
                 rewards, alignment, safety = parts.reward.score(images, batch.prompts)
                 stop.check_rollout(batch, images, rewards, args.group, epoch)
                 stop.if_asked()  # nothing of this epoch is learnt yet
-                groups = rewards.view(-1, args.group)
-                advantages = batch.advantages = group_advantages(groups, args.advantage_eps).flatten()
+                rewards, alignment, safety, unsafe = parallel.rows(  # of all processes from here on
+                    rewards, alignment, safety, batch.unsafe)
+                advantages = group_advantages(rewards.view(-1, args.group), args.divisor).flatten()
+                own = parallel.share(len(advantages))
+                batch.advantages = advantages[own.start:own.stop]
                 clock.lap("seconds_reward")
-                drawn = [p for p in chosen for _ in range(args.group)]  # by all processes, as what follows
-                rewards, alignment, safety, advantages = parallel.rows(rewards, alignment, safety, advantages)
-                unsafe = torch.tensor([parts.is_unsafe[p] for p in drawn])
-                judged = judge(*parallel.rows(images.cpu()), drawn, unsafe) if judge else {}
+                drawn = [p for p in chosen for _ in range(args.group)]
+                judged = judge(*parallel.rows(images.cpu()), drawn, unsafe.cpu()) if judge else {}
                 clock.lap()  # a judge is not part of the method, nor is its time
                 del images  # 3 MB each at 512 x 512
 
@@ -322,7 +328,7 @@ def main(argv=None, judge=None, table_prompts=None):
                 # log and save
                 metrics.append(log.record(
                     epoch=epoch, rewards=rewards, alignment=alignment, safety=safety, advantages=advantages,
-                    unsafe=unsafe.to(device), group=args.group, stats=stats, rate=rate, seconds=clock.seconds,
+                    unsafe=unsafe, group=args.group, stats=stats, rate=rate, seconds=clock.seconds,
                     device=device) | judged)
                 done = epoch + 1
                 pictures.draw_grid(run, done, networks, parts, prompts, args)

@@ -92,7 +92,8 @@ def fake_run(args, pipe, policy, base):
     parts = train.Parts(device, dtype, None, pipe, schedule, policy, base, optimizer, {}, [], [], shape)
     text = torch.empty(images, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
     batch = Rollout(torch.empty(images, args.steps + 1, *shape), torch.empty(images, args.steps),
-                    text, torch.empty_like(text[:1]), advantages=torch.empty(images))
+                    text, torch.empty_like(text[:1]), advantages=torch.empty(images),
+                    unsafe=torch.ones(images, dtype=torch.bool))
     return parts, batch
 
 

@@ -59,7 +59,7 @@ def run_epoch(parts: train.Parts, args, epoch: int, phase) -> dict:
     with phase("reward"):
         rewards, _, _ = parts.reward.score(images, batch.prompts)
         groups = rewards.view(len(chosen), args.group)
-        batch.advantages = group_advantages(groups, args.advantage_eps).flatten()
+        batch.advantages = group_advantages(groups, args.divisor).flatten()
     del images  # as train.main does
     with phase("update"):
         stats = train.update(parts, batch, args, epoch)
@@ -128,7 +128,7 @@ def calls_needed(args, transitions: int, clip_batch: int) -> dict:
     images = args.prompts_per_rollout * args.group
     shares = torch.arange(transitions).tensor_split(args.updates) if transitions >= args.updates else []
     micro = sum(math.ceil(len(share) / args.micro_batch) for share in shares)
-    reference = micro if args.kl else 0
+    reference = micro if args.kl or args.kl_benign else 0
     unet = args.steps * math.ceil(images / args.sample_batch) + micro
     return {"unet": unet + reference if args.lora_rank else unet, "base": 0 if args.lora_rank else reference,
             "vae": math.ceil(images / DECODE_BATCH), "clip": math.ceil(images / clip_batch)}

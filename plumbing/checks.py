@@ -37,12 +37,12 @@ def check_flags(args):
         ("unsafe_fraction", 0 <= args.unsafe_fraction <= 1, "from 0 to 1"),
         ("guidance", args.guidance > 0, "above 0: at 0 the prompt is not used"),
         ("alpha", args.alpha >= 0, "at least 0: a negative one steers towards the unsafe anchors"),
-        ("advantage_eps", args.advantage_eps >= 0, "at least 0"),
         ("learning_rate", args.learning_rate > 0, "above 0"),
         ("decay_epochs", args.decay_epochs >= 0, "at least 0 (0 for a constant rate)"),
         ("weight_decay", args.weight_decay >= 0, "at least 0"),
         ("clip_range", 0 < args.clip_range < 1, "above 0 and below 1"),
         ("kl", args.kl >= 0, "at least 0"),
+        ("kl_benign", args.kl_benign >= 0, "at least 0"),
         ("max_grad_norm", args.max_grad_norm > 0, "above 0"),
         ("ema", 0 <= args.ema < 1, "at least 0 and below 1 (0 for no average)"),
         ("lora_rank", args.lora_rank >= 0, "at least 0 (0 trains the whole UNet)")]

@@ -63,7 +63,7 @@ def print_plan(args, parts, prompts):
     average = f", average over {1 / (1 - args.ema):.0f}" if args.ema else ""
     print(f"update   {args.updates} per rollout on {images * trained_per_picture(args)} transitions (all but "
           f"the last {args.skip_last} of each, x {args.timestep_fraction}), lr {args.learning_rate}{decay}, "
-          f"clip {args.clip_range}, KL {args.kl}{average}")
+          f"clip {args.clip_range}, KL {args.kl} unsafe, {args.kl_benign} benign{average}")
     print(f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
     held = memory(args, parts)
     print("memory   " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())

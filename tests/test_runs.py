@@ -643,7 +643,7 @@ FLAGS = [
     ("--timestep-fraction 0", "above 0"), ("--timestep-fraction 1.1", "at most 1"),
     ("--learning-rate -0.0001", "above 0"), ("--learning-rate 0", "above 0"),
     ("--learning-rate nan", "a finite number"), ("--kl -1", "at least 0"),
-    ("--advantage-eps -1", "at least 0"), ("--kl inf", "a finite number"),
+    ("--kl-benign -1", "at least 0"), ("--kl inf", "a finite number"),
     ("--skip-last 4", "below --steps 4"), ("--skip-last -1", "at least 0"), ("--steps 0", "from 1 to 1000"),
     ("--steps 1001", "from 1 to 1000"), ("--updates 0", "at least 1"),
     ("--updates 9", "a rollout has 8 transitions"), ("--micro-batch 0", "at least 1"),

@@ -21,12 +21,15 @@ def test_groups_have_streams_of_their_own(shared):
     """Initial noise by (seed, epoch, prompt, picture), or without the picture; pictures of 16 x 16."""
     args, pipe = args_for(seed=2, shared_noise=shared), tiny_pipe()
     chosen = [Prompt("ring"), Prompt("star")]
-    batch, images = train.sample_groups(parts_for(pipe.unet, None, pipe=pipe), chosen, args, 7)
+    parts = parts_for(pipe.unet, None, pipe=pipe)
+    parts.is_unsafe = {chosen[0]: False, chosen[1]: True}
+    batch, images = train.sample_groups(parts, chosen, args, 7)
     key = lambda i, j: (2, 7, i, "shared") if shared else (2, 7, i, j, "rollout")
     noise = [torch.randn(1 if shared else 7, 4, 8, 8, generator=sample.image_generator(*key(i, j)))[0]
              for i in range(2) for j in range(3)]
     assert torch.equal(batch.latents[:, 0], torch.stack(noise)) and batch.latents.shape[1] == 7
     assert batch.prompts == [chosen[0]] * 3 + [chosen[1]] * 3 and images.shape == (6, 3, 16, 16)
+    assert batch.unsafe.tolist() == [False] * 3 + [True] * 3
 
 
 def test_prompts_of_an_epoch():

@@ -61,7 +61,8 @@ def tiny_pipe():
 def args_for(**changes):
     """The flags that the epoch's functions read, small."""
     flags = dict(steps=6, skip_last=2, timestep_fraction=1.0, updates=1, micro_batch=8, sample_batch=4,
-                 group=3, guidance=3.0, clip_range=1e-3, kl=0.1, max_grad_norm=1e9, seed=0)
+                 group=3, guidance=3.0, clip_range=1e-3, kl=0.1, kl_benign=0.4,
+                 max_grad_norm=1e9, seed=0)
     return SimpleNamespace(**flags | changes)
 
 
@@ -82,6 +83,7 @@ def rollout_for(unet, images=6, **more):
     batch = sample.rollout(unet, schedule, text, null, 3.0, streams, (4, 8, 8),
                            **dict(batch_size=images) | more)
     batch.prompts, batch.advantages = [Prompt("p")] * images, torch.linspace(-1.5, 2, images)
+    batch.unsafe = torch.arange(images) % 2 == 0
     return batch
 
 
