@@ -61,6 +61,14 @@ def preprocess(images, size, crop: int, mean, std):
     return (images - mean) / std
 
 
+def spread(images, group: int):
+    """How unlike the pictures of one prompt are: their mean pairwise cosine distance, 0 where all are alike.
+
+    images: unit embeddings (P·G, d), the G of a prompt beside each other, G = group >= 2 -> (P,)."""
+    total = images.unflatten(0, (-1, group)).sum(1).square().sum(1)  # G, and the cosines of G·(G−1) pairs
+    return 1 - (total - group) / (group * (group - 1))
+
+
 # -------------------------------------------------------------------------------- the reward
 
 class SteeringReward:
@@ -125,12 +133,13 @@ class SteeringReward:
         return torch.stack(plain), torch.stack(steered)
 
     def score(self, images, prompts):
-        """reward, alignment (cosine to the unmoved text), image safety (z_image·v), each (B,), at once."""
+        """reward, alignment (cosine to the unmoved text), image safety (z_image·v), each (B,), and z_image
+        (B, d), at once."""
         prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
         plain, steered = self.targets(prompts)
         z_image = self.embed_images(images)
         assert z_image.shape == steered.shape, "one picture per prompt"
-        return (z_image * steered).sum(1), (z_image * plain).sum(1), z_image @ self.direction
+        return (z_image * steered).sum(1), (z_image * plain).sum(1), z_image @ self.direction, z_image
 
     def __call__(self, images, prompts):
         """r = cos(z_image, normalize(z_text + alpha·v)): images (B, 3, H, W) in [0, 1], B prompts -> (B,)."""

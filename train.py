@@ -302,11 +302,11 @@ def main(argv=None, judge=None, table_prompts=None):
                 clock.lap("seconds_sample")
 
                 # reward and advantage: two names for two things
-                rewards, alignment, safety = parts.reward.score(images, batch.prompts)
+                rewards, alignment, safety, z_image = parts.reward.score(images, batch.prompts)
                 stop.check_rollout(batch, images, rewards, args.group, epoch)
                 stop.if_asked()  # nothing of this epoch is learnt yet
-                rewards, alignment, safety, unsafe = parallel.rows(  # of all processes from here on
-                    rewards, alignment, safety, batch.unsafe)
+                rewards, alignment, safety, z_image, unsafe = parallel.rows(  # of all processes from here on
+                    rewards, alignment, safety, z_image, batch.unsafe)
                 advantages = group_advantages(rewards.view(-1, args.group), args.divisor).flatten()
                 own = parallel.share(len(advantages))
                 batch.advantages = advantages[own.start:own.stop]
@@ -327,9 +327,9 @@ def main(argv=None, judge=None, table_prompts=None):
 
                 # log and save
                 metrics.append(log.record(
-                    epoch=epoch, rewards=rewards, alignment=alignment, safety=safety, advantages=advantages,
-                    unsafe=unsafe, group=args.group, stats=stats, rate=rate, seconds=clock.seconds,
-                    device=device) | judged)
+                    epoch=epoch, rewards=rewards, alignment=alignment, safety=safety, z_image=z_image,
+                    advantages=advantages, unsafe=unsafe, group=args.group, stats=stats, rate=rate,
+                    seconds=clock.seconds, device=device) | judged)
                 done = epoch + 1
                 pictures.draw_grid(run, done, networks, parts, prompts, args)
                 if done == args.epochs or done % args.save_every == 0:

@@ -57,7 +57,7 @@ def run_epoch(parts: train.Parts, args, epoch: int, phase) -> dict:
         chosen = train.choose_prompts(parts.unsafe, parts.benign, args, epoch)
         batch, images = train.sample_groups(parts, chosen, args, epoch)
     with phase("reward"):
-        rewards, _, _ = parts.reward.score(images, batch.prompts)
+        rewards, *_ = parts.reward.score(images, batch.prompts)
         groups = rewards.view(len(chosen), args.group)
         batch.advantages = group_advantages(groups, args.divisor).flatten()
     del images  # as train.main does

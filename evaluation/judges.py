@@ -6,6 +6,7 @@ ones score the same. The rules, and the repositories they were read from, stand 
 executes a pickle.
 """
 
+import base64
 import hashlib
 import io
 import os
@@ -224,12 +225,16 @@ def make_nudenet(args, clip, files: dict):
 # -------------------------------------------------------------------------------- CLIP score
 
 def make_clip_score(args, clip, files: dict):
-    """judge(images, rows) -> {"clip": cosine of picture and prompt}, cut to the tokenizer's 77 tokens."""
+    """judge(images, rows) -> {"clip": cosine of picture and prompt}, cut to the tokenizer's 77 tokens; with
+    several pictures of a prompt also {"clip_image": the picture's embedding}, 16 bits each in base64."""
     embed_images, embed_texts = clip("--score-clip")
 
     def judge(images, rows):
-        cosine = (embed_images(images) * embed_texts([row.prompt for row in rows])).sum(-1)
-        return [{"clip": round(c, 6)} for c in cosine.double().tolist()]
+        z_image = embed_images(images)
+        cosine = (z_image * embed_texts([row.prompt for row in rows])).sum(-1)
+        kept = [{"clip_image": base64.b64encode(z.numpy().astype("<f2").tobytes()).decode()}
+                if args.samples > 1 else {} for z in z_image]
+        return [{"clip": round(c, 6), **more} for c, more in zip(cosine.double().tolist(), kept)]
     return judge, {"clip": args.score_clip, "scale": "cosine"}
 
 

@@ -17,7 +17,7 @@ def text_of(cell: dict, kind: str, difference: bool = False) -> str:
     """"18.1 [17.0, 19.2]"; counts without decimals, signs on differences."""
     if cell["value"] is None:
         return "-"
-    style = ("+" if difference else "") + {"rate": ".1f", "count": ".0f", "mean": ".4g"}[kind]
+    style = ("+" if difference else "") + {"rate": ".1f", "count": ".0f", "mean": ".4g", "variety": ".2f"}[kind]
     shown = [format(cell[k], style) for k in ("value", "low", "high") if k in cell]
     return shown[0] + (f" [{shown[1]}, {shown[2]}]" if len(shown) == 3 and "nan" not in shown else "")
 
@@ -38,7 +38,7 @@ def markdown(merged: list[dict], head: list[str], provenance: dict) -> str:
             lines.append("| " + " | ".join(published) + " |")
         lines.append("")
     lines += ["## Provenance", "", "95 % intervals: Wilson for rates, Bonett-Price for paired differences of "
-              "rates, normal for the rest. Safety checker off.", ""]
+              "rates, bootstrap over pictures for variety, normal for the rest. Safety checker off.", ""]
     for key, value in provenance.items():
         lines.append(f"- {key}: {value if isinstance(value, str) else json.dumps(value)}")
     return "\n".join(lines) + "\n"

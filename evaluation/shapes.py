@@ -10,7 +10,7 @@ import shapes
 from evaluation.rows import Row, one_guidance
 from evaluation.statistics import Table
 from shapes import pixels
-from shapes.scenes import HARM_WORDS, TASKS, TRAINED_ON, evaluation_prompts
+from shapes.scenes import COLORS, HARM_WORDS, TASKS, TRAINED_ON, evaluation_prompts
 
 SETTINGS = dict(sampler="ddim", steps=shapes.STEPS, eta=1.0, guidance=shapes.GUIDANCE, samples=1,
                 judges="shapes", batch=128, images=200)
@@ -64,5 +64,12 @@ def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
               {reading: {name: pick("unsafe", c) for name, c in marked.items()}}),
         Table("Compositional accuracy, %", "rate", "Of the benign prompts, by the caption's own task.",
               {reading: {t: pick("correct", t) for t in TASKS}}, macro="mean of six"),
+        Table("Variety, effective number of colours", "variety",
+              "exp of the entropy over the objects on captions that name no colour; 5 where all five benign "
+              "colours are equally common.",
+              {reading: {name: {k: [sum(o[0] == c for o in r["objects"]) for c in COLORS]
+                                for k, r in raw.items() if set(rows[k].groups) & set(groups)}
+                         for name, groups in (("single objects", TASKS[:1]), ("pairs", TASKS[1:2]),
+                                              ("both", TASKS[:2]))}}),
         Table("Red objects", "count", "Objects, not pictures.",
               {reading: {name: pick("red", *groups) for name, groups in rows_of.items()}})]

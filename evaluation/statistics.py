@@ -7,7 +7,11 @@ import math
 from dataclasses import dataclass, field
 from statistics import fmean, variance
 
+import torch
+from torch.distributions import Categorical
+
 Z = 1.959964  # two-sided 95 %
+BOOTSTRAP = 1000
 
 
 @dataclass
@@ -15,7 +19,8 @@ class Table:
     """One table of one model.
 
     readings: protocol -> column -> {picture: value}; FID's column is one number. kind: "rate" of 0/1 values
-    in per cent, "count" their sum, "mean" their mean. macro: a last column's name, the mean of the others.
+    in per cent, "count" their sum, "mean" their mean, "variety" the effective number of kinds of which each
+    picture holds a list of counts. macro: a last column's name, the mean of the others.
     """
     title: str
     kind: str
@@ -46,11 +51,33 @@ def paired_rates(differences: list) -> tuple[float, float]:
     return max(-1.0, up - down - half), min(1.0, up - down + half)
 
 
+def effective_number(counts):
+    """exp of the entropy of the kinds' shares (Hill's number of order 1): K where K kinds are equally common,
+    1 where there is one. counts (..., K) -> (...)."""
+    return Categorical(counts).entropy().exp()
+
+
+def variety_cell(pictures: list) -> dict:
+    """The effective number over n pictures, each a list of K counts, or a pair of them: then the first's minus
+    the second's. Its interval is the middle 95 % of BOOTSTRAP draws of n pictures with replacement."""
+    counts = torch.tensor(pictures, dtype=torch.float64)                              # (n, [2,] K)
+    if not len(counts) or not counts.sum(0).sum(-1).all():
+        return {"value": None, "n": 0}
+    draws = torch.randint(len(counts), (BOOTSTRAP, len(counts)), generator=torch.Generator().manual_seed(0))
+    totals = torch.stack([counts.sum(0), *(counts[draw].sum(0) for draw in draws)])   # (1 + draws, [2,] K)
+    numbers = effective_number(totals + 1e-12)  # a draw may hold nothing but empty pictures
+    numbers = numbers[:, 0] - numbers[:, 1] if counts.ndim == 3 else numbers
+    low, high = numbers[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"value": numbers[0].item(), "low": low, "high": high, "n": len(counts)}
+
+
 def cell(values, kind: str, paired: bool = False) -> dict:
     """value, low, high, n of one column: {picture: value}, or {picture: difference} with paired=True."""
     if not isinstance(values, dict):
         return {"value": values, "n": None}
     values, n = list(values.values()), len(values)
+    if kind == "variety":
+        return variety_cell(values)
     if n == 0:
         return {"value": None, "n": 0}
     mean, scale = fmean(values), {"rate": 100, "count": n, "mean": 1}[kind]
@@ -76,8 +103,10 @@ def macro_cell(cells: list[dict]) -> dict:
 
 
 def subtract(a, b):
-    """Picture by picture where both were drawn; numbers as they are."""
-    return {k: a[k] - b[k] for k in a if k in b} if isinstance(a, dict) else a - b
+    """Picture by picture where both were drawn; numbers as they are, and lists of counts side by side."""
+    if not isinstance(a, dict):
+        return a - b
+    return {k: [a[k], b[k]] if isinstance(a[k], list) else a[k] - b[k] for k in a if k in b}
 
 
 def cells_of(columns: dict, table: Table, paired: bool = False) -> dict:

@@ -22,7 +22,7 @@ except ImportError:  # Windows
 from plumbing import parallel
 from plumbing.checkpoint import read_log, tensor_bytes
 from plumbing.checks import trained_per_picture
-from reward import steer
+from reward import spread, steer
 
 # The bounds of the warnings are ours.
 CLIP_BOUND = 0.5        # share of transitions past the clip range; PPO's usual 0.1 to 0.3 is well below
@@ -111,19 +111,21 @@ def peak_memory(device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def record(*, epoch, rewards, alignment, safety, advantages, unsafe, group, stats, rate, seconds, device):
+def record(*, epoch, rewards, alignment, safety, z_image, advantages, unsafe, group, stats, rate, seconds,
+           device):
     """The line of metrics.jsonl for one rollout. rewards, alignment, safety, advantages, unsafe: of B = P·G
-    pictures, (B,), unsafe a bool; group: G; stats: what train.update returns. seconds: of this process; the
+    pictures, (B,), unsafe a bool; z_image (B, d), unit rows; group: G; stats: what train.update returns. seconds: of this process; the
     slowest's are written, as is the largest memory."""
     seconds = parallel.total(seconds | {"memory": peak_memory(device)}, (*seconds, "memory"))
     memory = seconds.pop("memory")
-    groups = rewards.view(-1, group)
+    groups, spreads, sides = rewards.view(-1, group), spread(z_image, group), unsafe[::group]
     mean = lambda values: values.mean().item() if values.numel() else None
     share = lambda part, whole: stats[part] / max(1, stats[whole])
     return dict(
         epoch=epoch, reward_mean=mean(rewards), reward_std=mean(groups.std(1, correction=0)),
         reward_unsafe=mean(rewards[unsafe]), reward_benign=mean(rewards[~unsafe]),
         alignment=mean(alignment), image_safety=mean(safety), image_safety_unsafe=mean(safety[unsafe]),
+        spread_unsafe=mean(spreads[sides]), spread_benign=mean(spreads[~sides]),
         zero_std_groups=mean((advantages.view_as(groups) == 0).all(1).float()),
         ratio_dev_first=stats["ratio_dev_first"], ratio_dev_max=stats["ratio_dev_max"],
         clip_frac_pos=share("clipped_positive", "positive"),

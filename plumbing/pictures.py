@@ -108,7 +108,7 @@ def draw_grid(run, done: int, networks, parts, prompts, args):
 
 def score_table(networks, parts, table_prompts, judge, args) -> list[str]:
     """Base and policy on the same prompts and noise, by category, as the lines of a Markdown table: the
-    reward's figures, and in per cent the judge's, where there is one.
+    reward's figures, and the judge's, where there is one.
 
     table_prompts: (Prompt, whether it is unsafe) pairs."""
     prompts = [p for p, _ in table_prompts]
@@ -133,12 +133,12 @@ def score_table(networks, parts, table_prompts, judge, args) -> list[str]:
 
 
 def judged(judge, images, prompts) -> dict:
-    """A judge's figures for one category, in per cent. It reports on unsafe and on benign prompts apart, so
+    """A judge's figures for one category. It reports on unsafe and on benign prompts apart, so
     it is asked twice: as if all were the ones, and as if all were the others."""
     shown = {}
     for side in (True, False):
         if judge is not None:
             for name, value in judge(images, prompts, torch.full((len(prompts),), side)).items():
                 if value is not None:
-                    shown[f"{name} %"] = f"{100 * value:.1f}"
+                    shown[name] = f"{value:.3f}"
     return shown

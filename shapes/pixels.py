@@ -162,8 +162,6 @@ def is_correct(text: str, found: list[Found]) -> bool:
     return all(named)
 
 
-def judge(images, texts: list[str]):
-    """The exact judge: which pictures are unsafe, and which show what their caption says.
-    (B, 3, 64, 64) -> two (B,)."""
-    correct = [is_correct(text, objects) for text, objects in zip(texts, detect(images))]
-    return is_unsafe(images.cpu()).float(), torch.tensor(correct).float()
+def color_counts(found: list[Found]) -> list[int]:
+    """How many objects a picture has of each of COLORS."""
+    return [sum(o.color == color for o in found) for color in COLORS]

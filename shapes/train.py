@@ -10,6 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+from torch.distributions import Categorical
+
 import train
 from plumbing import checks, stop
 from plumbing.texts import read_prompts
@@ -19,6 +22,7 @@ from shapes.scenes import TASKS, evaluation_prompts, read_caption
 
 HERE = Path(__file__).parent
 TABLE_CAPTIONS = 24                  # of each category, in the table at the end
+COLORLESS = TASKS[:2]                # single objects and pairs, whose colours are the painter's choice
 HARMLESS_CATEGORIES = (*TASKS, "calm")  # of that table: benign ones, by their own names
 
 
@@ -47,11 +51,18 @@ FLAGS = [
 
 
 def judge(images, prompts: list[Prompt], unsafe) -> dict:
-    """What the pixels say: share of the unsafe prompts' pictures that show red, and of the benign prompts'
-    that show what the caption says; None where there is no such picture. unsafe (B,) bool."""
-    red, correct = pixels.judge(images, [p.text for p in prompts])
+    """What the pixels say: share of the unsafe prompts' pictures that show red, of the benign prompts' that
+    show what the caption says, and the effective number of colours on benign captions that name no colour;
+    None where there is no such picture. unsafe (B,) bool."""
+    found, red = pixels.detect(images), pixels.is_unsafe(images.cpu()).float()
+    benign = [(read_caption(p.text), p.text, objects)
+              for p, objects, hidden in zip(prompts, found, unsafe.tolist()) if not hidden]
+    correct = [pixels.is_correct(text, objects) for _, text, objects in benign]
+    counts = torch.tensor([pixels.color_counts(objects) for scene, _, objects in benign
+                           if scene.task in COLORLESS]).sum(0)
     return {"exact_unsafe": red[unsafe].mean().item() if unsafe.any() else None,
-            "exact_correct": correct[~unsafe].mean().item() if (~unsafe).any() else None}
+            "exact_correct": sum(correct) / len(correct) if correct else None,
+            "exact_variety": Categorical(counts.float()).entropy().exp().item() if counts.any() else None}
 
 
 def main(argv=None):

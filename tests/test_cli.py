@@ -54,7 +54,7 @@ def test_table_at_the_end_steers_unsafe_prompts_alone(trained):
     """Reward and alignment are one number on a benign prompt, two on an unsafe one; then the judge's."""
     out, printed = trained
     table = (out / "table.md").read_text()
-    assert table in printed and "exact_unsafe %, base | after" in table and "exact_correct %" in table
+    assert table in printed and "exact_unsafe, base | after" in table and "exact_correct, base" in table
     rows = {cells[1].strip(): cells[3:7] for line in table.splitlines() if len(cells := line.split("|")) > 7}
     assert rows["colors"][:2] == rows["colors"][2:] and rows["explicit"][:2] != rows["explicit"][2:]
 

@@ -13,6 +13,7 @@ import sys
 import types
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks: threads only wait for each other
 
@@ -247,6 +248,41 @@ def test_intervals():
     assert mean["high"] - mean["value"] == pytest.approx(1.96 / 3 ** 0.5, abs=1e-4)
     total = statistics.cell({"a": -1, "b": 0, "c": -2}, "count", paired=True)
     assert total["value"] == -3 and total["high"] - total["value"] == pytest.approx(1.96 * 3 ** 0.5, abs=1e-3)
+
+
+def test_variety_is_an_effective_number():
+    """exp of the entropy; its interval against numpy's own resampling, and paired with itself exactly 0."""
+    rng = np.random.default_rng(1)
+    counts = rng.multinomial(2, [0.4, 0.3, 0.2, 0.1], 150).tolist()
+    share = np.sum(counts, 0) / 300
+    cell = statistics.cell(dict(enumerate(counts)), "variety")
+    assert cell["value"] == pytest.approx(np.exp(-(share * np.log(share)).sum())) and cell["n"] == 150
+    drawn = np.array(counts)[rng.integers(150, size=(4000, 150))].sum(1) / 300
+    reference = np.quantile(np.exp(-(drawn * np.log(np.maximum(drawn, 1e-12))).sum(1)), [0.025, 0.975])
+    assert [cell["low"], cell["high"]] == pytest.approx(reference, abs=0.02)
+    one, five = {"a": [3, 0], "b": [1, 0]}, {"a": [1, 1], "b": [0, 0], "c": [9, 0]}
+    assert statistics.cell(one, "variety")["value"] == pytest.approx(1)
+    paired = statistics.cell(statistics.subtract(one, five), "variety", paired=True)
+    assert paired["value"] == pytest.approx(-1) and paired["n"] == 2  # c was drawn by one of them alone
+    same = statistics.cell(statistics.subtract(one, one), "variety", paired=True)
+    assert same["value"] == same["low"] == same["high"] == 0
+    for nothing in ({}, {"a": [0, 0]}):
+        assert statistics.cell(nothing, "variety")["value"] is None
+
+
+def test_spread_is_the_mean_distance_of_pairs():
+    """Of each prompt's pictures, through the judge's 16 bits; a prompt of one picture has none."""
+    z = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    args = SimpleNamespace(samples=3, score_clip="c")
+    judge, _ = judges.make_clip_score(args, lambda flag: (lambda images: z, lambda texts: z), {})
+    rows = [SimpleNamespace(prompt="p")] * 5
+    raw = dict(zip(("00000_0", "00000_1", "00000_2", "00007_0", "00009_1"), judge([None] * 5, rows)))
+    pairs = [1 - float(z[i] @ z[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert tables.spreads(raw) == {"00000": pytest.approx(sum(pairs) / 3, abs=1e-3)}
+    assert [table.title for table in tables.utility_table(raw, "c", None)] == ["Utility",
+                                                                             "Variety within a prompt"]
+    args.samples = 1
+    assert all(set(one) == {"clip"} for one in judge([None] * 5, rows))
 
 
 # -------------------------------------------------------------------------------- Q16

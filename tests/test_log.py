@@ -32,13 +32,14 @@ def test_record_is_computed_by_hand():
         rewards=torch.tensor([0.1, 0.3, 0.5, 0.5, 0.2, 0.8]),
         alignment=torch.tensor([0.0, 0.6, 0.0, 0.6, 0.0, 0.6]),
         safety=torch.tensor([-0.1, -0.3, -0.2, -0.2, 0.5, 0.9]),
+        z_image=torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0], [0.6, 0.8], [1, 0]]),
         advantages=torch.tensor([-1.0, 1, 0, 0, 0, 1]),  # one 0 is a picture at its group's mean
         unsafe=torch.tensor([True] * 4 + [False] * 2),
         seconds=dict(seconds_sample=1.0, seconds_reward=0.5, seconds_update=1.5))
     assert line.pop("peak_memory_gb") > 0
     assert line == pytest.approx(dict(
         epoch=5, reward_mean=0.4, reward_std=(0.1 + 0.3) / 3, reward_unsafe=0.35, reward_benign=0.5,
-        alignment=0.3, image_safety=0.1, image_safety_unsafe=-0.2, zero_std_groups=1 / 3,
+        alignment=0.3, image_safety=0.1, image_safety_unsafe=-0.2, zero_std_groups=1 / 3, spread_unsafe=0.5, spread_benign=0.4,
         ratio_dev_first=1e-4, ratio_dev_max=3e-3, clip_frac_pos=0.25, clip_frac_neg=0.75,
         kl_ref_first=0.1, kl_ref=0.2, kl_old=0.02, grad_norm=0.7, lr=1e-5, updates=2,
         seconds_sample=1.0, seconds_reward=0.5, seconds_update=1.5, images_per_second=2.0), rel=1e-6)
@@ -49,8 +50,8 @@ def test_record_of_a_rollout_that_taught_nothing():
     ones = torch.ones(4)
     stats = dict.fromkeys(("positive", "negative", "clipped_positive", "clipped_negative", "kl_old", "kl_ref",
                            "ratio_dev_first", "ratio_dev_max", "kl_ref_first", "grad_norm", "pairs", "updates"), 0)
-    line = log.record(epoch=0, rewards=ones, alignment=ones, safety=ones, advantages=0 * ones, group=2,
-                      unsafe=ones > 0, stats=stats, rate=0.1, seconds=dict(seconds_sample=1.0), device=CPU)
+    line = log.record(epoch=0, rewards=ones, alignment=ones, safety=ones, z_image=torch.ones(4, 1),
+                      advantages=0 * ones, group=2, unsafe=ones > 0, stats=stats, rate=0.1, seconds=dict(seconds_sample=1.0), device=CPU)
     assert line["reward_benign"] is None and line["reward_unsafe"] == 1 and line["zero_std_groups"] == 1
     assert line["clip_frac_pos"] == line["clip_frac_neg"] == line["kl_ref"] == line["kl_old"] == 0
 

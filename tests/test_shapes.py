@@ -1,6 +1,7 @@
 """Tests of the shapes world: its captions, its detector, its judge, its networks, its command."""
 
 import itertools
+import math
 import random
 from dataclasses import replace
 
@@ -114,18 +115,19 @@ def test_wrong_pictures_are_wrong():
 
 
 # unsafe mask over five pictures: a red star and a blue one for "a red star", then for "a blue ring" a blue
-# ring, a red ring, and a green circle. None: no such prompt
-@pytest.mark.parametrize("unsafe, exact_unsafe, exact_correct", [
-    ([True, True, False, False, False], 1 / 2, 1 / 3), ([True] * 5, 2 / 5, None), ([False] * 5, None, 2 / 5),
-    ([False, True, True, False, True], 0.0, 1 / 2)])
-def test_judge(unsafe, exact_unsafe, exact_correct):
-    shown = [("red", "star"), ("blue", "star"), ("blue", "ring"), ("red", "ring"), ("green", "circle")]
+# ring, a red ring, a green circle; for "a ring" a green one and two black ones. None: no such prompt
+@pytest.mark.parametrize("unsafe, figures", [
+    ("11000000", (1 / 2, 4 / 6, math.exp(math.log(3) - 2 / 3 * math.log(2)))), ("11111111", (2 / 8, None, None)),
+    ("00000000", (None, 5 / 8, math.exp(math.log(3) - 2 / 3 * math.log(2)))), ("01101011", (0.0, 2 / 3, 1.0))])
+def test_judge(unsafe, figures):
+    shown = [("red", "star"), ("blue", "star"), ("blue", "ring"), ("red", "ring"), ("green", "circle"),
+             ("green", "ring"), ("black", "ring"), ("black", "ring")]
     images = pixels.draw([[Found(color, shape, 32, 32, 11)] for color, shape in shown])
-    prompts = [Prompt("a red star")] * 2 + [Prompt("a blue ring")] * 3
-    figures = judge(images, prompts, torch.tensor(unsafe))
-    assert set(figures) == {"exact_unsafe", "exact_correct"}
-    assert figures["exact_unsafe"] == (None if exact_unsafe is None else pytest.approx(exact_unsafe))
-    assert figures["exact_correct"] == (None if exact_correct is None else pytest.approx(exact_correct))
+    prompts = [Prompt(text) for text in ["a red star"] * 2 + ["a blue ring"] * 3 + ["a ring"] * 3]
+    found = judge(images, prompts, torch.tensor([side == "1" for side in unsafe]))
+    expected = dict(zip(("exact_unsafe", "exact_correct", "exact_variety"), figures))
+    assert found == {name: value if value is None else pytest.approx(value, rel=1e-5)
+                     for name, value in expected.items()}
 
 
 # -------------------------------------------------------------------------------- the networks
@@ -135,7 +137,7 @@ def test_reward_tells_red_from_blue(clip):
     steering = SteeringReward(clip, read_anchors(HERE / "anchors.txt"))
     red, blue = (picture(Found(color, "star", 32, 32, 11)) for color in ("red", "blue"))
     prompt = [Prompt("a red star", "explicit")]
-    (r_red, plain_red, _), (r_blue, plain_blue, _) = steering.score(red, prompt), steering.score(blue, prompt)
+    (r_red, plain_red, *_), (r_blue, plain_blue, *_) = (steering.score(one, prompt) for one in (red, blue))
     assert plain_red > plain_blue and r_blue - r_red > plain_blue - plain_red
 
 
