@@ -34,7 +34,7 @@ import torch
 from evaluation import coco, geneval, i2p, judges, prompts, report, results
 from evaluation.results import saved, slug
 from evaluation.rows import Row
-from evaluation.samplers import TRICKS
+from evaluation.samplers import SCHEDULERS, SLD, TRICKS
 from evaluation.statistics import merge
 from plumbing import lock, output, parallel, stop
 from plumbing.checks import usable
@@ -65,7 +65,8 @@ def parse(argv=None):
     group("--seed", type=int, default=42, help="of rows without one, and of --limit")
     group("--out", type=Path, help="default: runs/evaluate/SUITE-MODEL")
     group = parser.add_argument_group("how").add_argument
-    group("--sampler", choices=("ddim", "lms"), help="lms: RECE's and the paper's; ddim: geneval and shapes")
+    group("--sampler", choices=("ddim", "lms", *SCHEDULERS),
+          help="lms: RECE's and the paper's; ddim: geneval and shapes; the others are diffusers' own")
     group("--steps", type=int)
     group("--eta", type=float, help="ddim only: 0 deterministic, 1 as in training")
     group("--guidance", type=guidance_flag, help="csv (each row's own: i2p's default) or one number")
@@ -132,9 +133,11 @@ def check(args, models: dict) -> list[str]:
         raise ValueError("no CUDA device here: --device cpu and --noise cpu")
     usable(args.device)
     flags = {args.model: "--model", args.base: "--base"}
-    for name, _ in models.values():
+    for name, trick in models.values():
+        if trick in SLD and args.sampler in SCHEDULERS:
+            raise ValueError(f"--also {trick}: drawn by --sampler ddim or lms, not {args.sampler}")
         if not args.rescore:
-            steps = args.steps if args.sampler == "ddim" else 2  # lms takes the betas alone
+            steps = args.steps if args.sampler == "ddim" else 2  # others take the betas alone
             check_model(flags.get(name, "--also"), name, steps, args.eta)
     if args.fid and not (args.save_images or args.rescore):
         raise ValueError("--fid reads the pictures from their files, as clean-fid does: add --save-images")

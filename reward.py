@@ -34,8 +34,11 @@ class Prompt:
 
 def safety_direction(safe, unsafe, unit: bool = True):
     """v = mean(safe) − mean(unsafe) of unit text embeddings (n, d) and (m, d); scaled to unit length if
-    `unit` -> (d,). Raises ValueError where the two means coincide."""
-    v = F.normalize(safe, dim=-1).mean(0) - F.normalize(unsafe, dim=-1).mean(0)
+    `unit` -> (d,). Without safe ones, n = 0, it leads away from the unsafe ones alone: v = −mean(unsafe).
+    Raises ValueError where the two means coincide."""
+    v = -F.normalize(unsafe, dim=-1).mean(0)
+    if len(safe):
+        v = v + F.normalize(safe, dim=-1).mean(0)
     if v.norm() < 1e-4:
         raise ValueError("safe and unsafe anchors have the same mean embedding: the safety direction is zero")
     return F.normalize(v, dim=0) if unit else v
@@ -93,6 +96,8 @@ class SteeringReward:
     @torch.no_grad()
     def embed_text(self, texts):
         """n texts, cut at CLIP's length -> (n, d) float32, unit rows."""
+        if not texts:
+            return torch.empty(0, self.clip.config.projection_dim, device=self.device)
         length = self.clip.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length,
                                 return_tensors="pt").to(self.device)

@@ -1,9 +1,9 @@
-"""How other evaluations draw pictures: the LMS sampler, safe latent diffusion, negative prompts.
+"""How others draw pictures: the LMS sampler, diffusers' schedulers, safe latent diffusion, negative prompts.
 
 sample.py holds the chain that is trained; this file holds what the models are measured with. One loop serves
 both samplers and every baseline, on the same noise for every model: sample.py's guidance and DDIM mean, or
 the fourth-order linear multistep of the evaluation code of RECE, Receler and the paper, which diffusers has
-only with scipy.
+only with scipy. What most users draw with is diffusers' own pipeline with one of SCHEDULERS.
 
     a  alpha-bar;  sigma = √((1-a)/a);  x_sigma = x_a / √a is what LMS moves;  w  guidance scale;  B pictures
     e_u, e_c, e_s  noise predicted without text, with the prompt, with the safety concept
@@ -11,7 +11,8 @@ only with scipy.
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler,
+                       EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline)
 
 from sample import (ddim_mean, ddim_schedule, decode, encode_prompts, image_generator, latent_shape,
                     predict_noise)
@@ -25,6 +26,8 @@ CONCEPT = ("an image showing hate, harassment, violence, suffering, humiliation,
            "nudity, bodily fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, "
            "weapons, child abuse, brutality, cruelty")
 TRICKS = ("negative-prompt", *SLD)
+SCHEDULERS = {"pndm": PNDMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler,
+              "euler-a": EulerAncestralDiscreteScheduler}
 
 
 def lms_schedule(alphas_cumprod, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,8 +79,11 @@ def draw(pipe, rows: list, sampler: str, steps: int, eta: float, trick: str = ""
              first.width // pipe.vae_scale_factor or width)
     x = torch.cat([initial_noise(row, shape, noise) for row in rows]).to(device)
     later = [image_generator(row.seed, row.image, "steps") for row in rows]  # never another picture's numbers
+    negative = CONCEPT if trick == "negative-prompt" else ""
+    if sampler in SCHEDULERS:
+        return draw_by_diffusers(pipe, rows, SCHEDULERS[sampler], steps, negative, x, later)
     text = encode_prompts(pipe, [row.prompt for row in rows])
-    null_text = encode_prompts(pipe, [CONCEPT if trick == "negative-prompt" else ""])
+    null_text = encode_prompts(pipe, [negative])
     safe = trick in SLD and first.guidance > 1  # as in diffusers: no guidance, no safety guidance
     concept, momentum = encode_prompts(pipe, [CONCEPT]) if safe else None, torch.zeros_like(x)
     if sampler == "lms":
@@ -108,6 +114,18 @@ def draw(pipe, rows: list, sampler: str, steps: int, eta: float, trick: str = ""
         raise FloatingPointError(f"{sampler} is not finite on cases {[row.case for row in rows]}: "
                                  "try --dtype float32")
     return decode(pipe.vae, x)
+
+
+def draw_by_diffusers(pipe, rows: list, scheduler, steps: int, negative: str, noise, generators: list):
+    """Pictures by diffusers' own pipeline, with a scheduler made from the model's: (B, 3, H, W) in [0, 1].
+
+    noise (B, C, h, w) of unit variance; generators: B, of the noise of later steps."""
+    scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe = StableDiffusionPipeline(**pipe.components | {"scheduler": scheduler}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe([row.prompt for row in rows], num_inference_steps=steps, guidance_scale=rows[0].guidance,
+                negative_prompt=[negative] * len(rows), latents=noise, generator=generators,
+                output_type="pt").images.float()
 
 
 def initial_noise(row, shape: tuple, device: str):

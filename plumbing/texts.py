@@ -169,13 +169,13 @@ def read_prompts(paths) -> list[Prompt]:
 
 
 def read_anchors(path) -> tuple[list[str], list[str]]:
-    """Read an anchors file, sections [safe] and [unsafe] -> (safe phrases, unsafe phrases). Raises ValueError
-    or OSError naming the file and what to change."""
+    """Read an anchors file, sections [safe] and [unsafe] -> (safe phrases, unsafe phrases); there may be no
+    safe ones. Raises ValueError or OSError naming the file and what to change."""
     phrases = read_prompts([path])
     safe, unsafe = ([p.text for p in phrases if p.category == name] for name in ("safe", "unsafe"))
     other = {p.category for p in phrases} - {"safe", "unsafe"}
-    if other or not safe or not unsafe:
-        raise ValueError(f"{path}: anchors need phrases under [safe] and under [unsafe], and nothing else"
+    if other or not unsafe:
+        raise ValueError(f"{path}: anchors need phrases under [unsafe], best also under [safe], and no others"
                          + (f"; found {sorted(other)}" if other else ""))
     if set(safe) == set(unsafe):
         raise ValueError(f"{path}: safe and unsafe anchors are the same: the safety direction would be zero")

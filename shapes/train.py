@@ -65,6 +65,11 @@ def judge(images, prompts: list[Prompt], unsafe) -> dict:
             "exact_variety": Categorical(counts.float()).entropy().exp().item() if counts.any() else None}
 
 
+def parse(argv: list):
+    """This world's flags, with those of argv in their place."""
+    return train.parse_args([*FLAGS, *argv])
+
+
 def main(argv=None):
     words = [*FLAGS, *(sys.argv[1:] if argv is None else argv)]
     for prompt in read_prompts(checks.prompt_files(train.parse_args(words))):

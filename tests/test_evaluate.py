@@ -250,6 +250,20 @@ def test_intervals():
     assert total["value"] == -3 and total["high"] - total["value"] == pytest.approx(1.96 * 3 ** 0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", samplers.SCHEDULERS)
+def test_diffusers_pipeline_draws_what_the_formulas_do(name, models, monkeypatch):
+    """With DDIM in the scheduler's place: the same pictures as by our steps; with its own: one by one as
+    together, and others with a negative prompt."""
+    pipe = load_pipeline(str(models / "a"), "cpu")
+    rows = [row(case=k, seed=k, prompt=text, guidance=3.0) for k, text in enumerate(("a ring", "a red star"))]
+    both = samplers.draw(pipe, rows, name, 4, 0.0)
+    assert torch.allclose(both[1:], samplers.draw(pipe, rows[1:], name, 4, 0.0), atol=1e-4)
+    assert not torch.allclose(both, samplers.draw(pipe, rows, name, 4, 0.0, "negative-prompt"), atol=1e-3)
+    monkeypatch.setitem(samplers.SCHEDULERS, name, DDIMScheduler)
+    assert torch.allclose(samplers.draw(pipe, rows, name, 4, 0.0), samplers.draw(pipe, rows, "ddim", 4, 0.0),
+                          atol=1e-4)
+
+
 def test_variety_is_an_effective_number():
     """exp of the entropy; its interval against numpy's own resampling, and paired with itself exactly 0."""
     rng = np.random.default_rng(1)

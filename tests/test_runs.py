@@ -664,7 +664,7 @@ FILES = [
     ("--prompts {}", "Is a directory"), ("--prompts {}/same.txt {}/none.txt", "No such file"),
     ("--benign {}/none.txt", "No such file"), ("--benign {}/empty.txt", "no prompt in it"),
     ("--anchors {}/none.txt", "No such file"), ("--anchors {}/one_section.txt", "under [unsafe]"),
-    ("--anchors {}/empty_section.txt", "under [safe]"), ("--anchors {}/same.txt", "would be zero"),
+    ("--anchors {}/empty_section.txt", "under [unsafe]"), ("--anchors {}/same.txt", "would be zero"),
     ("--anchors {}/other_section.txt", "found ['maybe']"), ("--out {}/empty.txt/run", "cannot be written"),
     ("--out {}/old_run", "--overwrite replaces it"), ("--model /no/such/folder", "no such folder"),
     ("--model {}/model.ckpt", "opening a pickle can run code"),
@@ -686,7 +686,7 @@ def bad(tmp_path_factory):
     """A folder of bad prompt files, anchors, runs and models."""
     root = tmp_path_factory.mktemp("bad")
     for name, text in dict(empty="", comments="# nothing\n[benign]\n", one_section="[safe]\na calm star\n",
-                           empty_section="[safe]\n[unsafe]\na red star\n",
+                           empty_section="[safe]\na star\n[unsafe]\n",
                            other_section="[safe]\na\n[unsafe]\nb\n[maybe]\nc\n",
                            same="[safe]\na star\na ring\n[unsafe]\na ring\na star\n").items():
         (root / f"{name}.txt").write_text(text)
