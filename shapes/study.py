@@ -269,8 +269,9 @@ def write_tables(entries: list, files: list[Path]):
 def smooth(values: list):
     """Running mean over WINDOW rollouts of those that have a value; (rollouts, means)."""
     values = np.array([np.nan if value is None else value for value in values], dtype=float)
-    at = np.arange(WINDOW, len(values) + 1)
-    windows = np.lib.stride_tricks.sliding_window_view(values, WINDOW)
+    width = min(WINDOW, len(values))
+    at = np.arange(width, len(values) + 1)
+    windows = np.lib.stride_tricks.sliding_window_view(values, width)
     some = ~np.isnan(windows).all(1)
     return at[some], np.nanmean(windows[some], axis=1)
 
