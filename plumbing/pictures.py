@@ -127,7 +127,7 @@ def score_table(networks, parts, table_prompts, judge, args) -> list[str]:
              "|---" * (2 + 2 * len(columns)) + "|"]
     for category in columns["reward"]:
         n = sum(p.category == category for p in prompts)
-        cells = [text for figure in columns.values() for text in figure[category]]
+        cells = [text for figure in columns.values() for text in figure.get(category, ["-"] * len(networks))]
         lines.append(f"| {category or '-'} | {n} | " + " | ".join(cells) + " |")
     return lines
 
