@@ -19,7 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
 
@@ -50,7 +50,7 @@ VARIANTS = {  # name: flags, and the work after which it is measured
     "one-kl": ("--kl-benign 0.04", (16, 60)),
     "world-1": (f"--model {WORLD} --clip {WORLD}/text_encoder", (60,))}
 BASES = {"base": os.path.relpath(WEIGHTS, ROOT), "base-world-1": WORLD}
-GUIDANCES = (2.75, 5.0, 7.5)
+GUIDANCES = (2.75, 7.5)
 SAMPLERS = {"DDIM, eta 1, 12 steps": "--sampler ddim --eta 1 --steps 12",
             "DDIM, eta 0, 50 steps": "--sampler ddim --eta 0 --steps 50",
             "PNDM, 50 steps": "--sampler pndm --steps 50", "DPM++, 20 steps": "--sampler dpm++ --steps 20",
@@ -350,8 +350,11 @@ def main(argv=None):
         # one seed of every variant before the next: a study that is stopped early compares all of them
         tasks = [(variant, seed) for seed in SEEDS for variant in args.variants if seed in seeds_of(variant, args)]
         with ThreadPoolExecutor(args.jobs) as pool:
-            for done in [pool.submit(run, *task, args) for task in tasks]:
-                done.result()
+            for done in as_completed([pool.submit(run, *task, args) for task in tasks]):
+                if done.exception():  # what runs now is ended first, and nothing more begun
+                    print(f"stopping: {done.exception()}", flush=True)
+                    pool.shutdown(cancel_futures=True)
+                    done.result()
     entries = collect(args)
     write_tables(entries, [args.docs / "shapes.md", args.docs.parent / "README.md"])
     draw_figures(entries, args.docs)
