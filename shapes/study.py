@@ -113,9 +113,10 @@ def run(variant: str, seed: int, args):
         if report.is_file():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        model = BASES.get(variant)
-        if model is None:
-            model = folder / "run" / "final"
+        model, metrics = BASES.get(variant, folder / "run" / "final"), folder / "run" / "metrics.jsonl"
+        if metrics.is_file() and len(metrics.read_text(encoding="utf-8").splitlines()) > count:
+            raise ValueError(f"{report} is missing and its run has gone on: remove {folder}")
+        if variant not in BASES and cell is None:  # the cells of a stage come after its main report
             resume = ["--resume"] if (folder / "run" / "flags.json").is_file() else []
             started(folder, args, "shapes.train", *VARIANTS[variant][0].split(), "--seed", seed, "--epochs",
                     count, "--out", folder / "run", *resume)
