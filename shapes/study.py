@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from plumbing import output
+
 WINDOW = 5  # rollouts; one has 16 unsafe and 48 benign pictures, so a single one is noisy
 SPAN = 33_000  # evaluations of the UNet, as many as five default rollouts take
 
@@ -87,6 +89,7 @@ def main():
     parser.add_argument("--control", nargs="*", default=[], help="run folders drawn in gray")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
+    print(output.heading(args.out))
     figure = draw_curves(args) if args.figure == "curves" else draw_calls(args)
     figure.tight_layout()
     figure.savefig(args.out, dpi=110)
