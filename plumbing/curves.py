@@ -62,7 +62,9 @@ def draw_curves(run: Path, clip_range: float):
             at = warned[about] + 1
             axis.axvline(at, color="black", linestyle="--", linewidth=1)
             axis.annotate(f" warning: {about} ", (at, 0.98), xycoords=("data", "axes fraction"), va="top",
-                          ha="left" if at < rollouts.mean() else "right", fontsize=9)
+                          ha="left" if at < rollouts.mean() else "right", fontsize=9, zorder=9,
+                          bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
+        axis.locator_params("x", integer=True)
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=8)

@@ -19,7 +19,7 @@ from sample import draw, image_generator
 
 GRID_COLUMNS = 8    # pictures per prompt in a grid
 TABLE_PROMPTS = 64  # pictures per model in the table at the end; evaluate.py measures on as many as one likes
-WIDE, NARROW = 24, 40   # letters: of a row's label at most, of a sheet at least
+WIDE, NARROW = 12, 20   # of a row's label at most, of a sheet at least; in heights of its letters
 FONT = ImageFont.load_default(14)
 
 
@@ -32,9 +32,13 @@ def legible(label: str) -> str:
     return "".join(plain)
 
 
-def wrapped(label: str, letters: int) -> list[str]:
-    """A label in lines of so many letters at most."""
-    return textwrap.wrap(legible(label), letters) or [""]
+def wrapped(label: str, width: int, font=FONT) -> list[str]:
+    """A label in lines of so many pixels at most."""
+    text = legible(label)
+    letters = len(text) + 1
+    while max(map(font.getlength, lines := textwrap.wrap(text, letters) or [""])) > width:
+        letters -= 1
+    return lines
 
 
 def short_names(models: list[str]) -> list[str]:
@@ -50,12 +54,12 @@ def save_grid(images, path, columns: int, row_labels=(), column_labels=(), capti
     zoom = max(1, round(96 / images.shape[-1]))
     images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     n, _, height, width = images.shape
-    rows, edge, size = math.ceil(n / columns), max(2, height // 64), max(14, height // 18)
+    rows, edge, size = math.ceil(n / columns), max(2, height // 128), max(14, height // 18)
     font, gap, line = FONT.font_variant(size=size), 2 * edge, size + 3
-    row_labels = [wrapped(label, WIDE) for label in row_labels]
+    row_labels = [wrapped(label, WIDE * size, font) for label in row_labels]
     left = gap + max((int(font.getlength(text)) + 8 for label in row_labels for text in label), default=0)
-    whole = max(left + columns * (width + gap), NARROW * size // 2)
-    captions = [wrapped(caption, 2 * whole // size) for caption in captions]
+    whole = max(left + columns * (width + gap), NARROW * size)
+    captions = [wrapped(caption, whole - 8, font) for caption in captions]
     head, above = line + gap if column_labels else gap, [line * len(text) + size for text in captions]
     sheet = Image.new("RGB", (whole, head + sum(above) + rows * (height + gap)), "white")
     pen = ImageDraw.Draw(sheet)
