@@ -207,10 +207,10 @@ class Log:
             file.write(json.dumps(figures) + "\n")
         self.ends.append(time.perf_counter())
         each = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)  # grids and checkpoints included
-        left = each * max(0, self.epochs - 1 - figures["epoch"])
-        if left and len(self.ends) == 2:
-            tqdm.write(f"time     {duration(each)} a rollout, {duration(left)} for those that are left")
-        tqdm.write(line_of(figures, left))
+        more = max(0, self.epochs - 1 - figures["epoch"])
+        if more and len(self.ends) == 2:
+            tqdm.write(f"time     {duration(each)} a rollout, {duration(each * more)} for the {more} to come")
+        tqdm.write(line_of(figures, each * more))
         for text in self.note(figures):
             tqdm.write(f"warning: {text}")
 

@@ -133,8 +133,8 @@ def test_time_left_goes_by_this_process(tmp_path, capsys, monkeypatch):
     log.Log(tmp_path / "metrics.jsonl", 1e-4, epochs=25).append(figures(22))
     log.Log(tmp_path / "metrics.jsonl", 1e-4).append(figures(24))  # the last
     said = [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert said[:3] == ["24 min for those that are left", "24 min left", "15 min left"]  # mean of 60 and 20: 40 s
-    assert said[-4:] == ["60 s left", "20 s for those that are left", "20 s left", "3 s"]
+    assert said[:3] == ["24 min for the 24 to come", "24 min left", "15 min left"]  # mean of 60 and 20: 40 s
+    assert said[-4:] == ["60 s left", "20 s for the 2 to come", "20 s left", "3 s"]
 
 
 def test_log_refuses_what_is_not_finite(tmp_path):
