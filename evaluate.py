@@ -22,7 +22,6 @@ where RECE's code gives all of them 42.
 
 import argparse
 import platform
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -173,21 +172,12 @@ def refusing():
         raise SystemExit(2) from None
 
 
-def commit() -> str:
-    """Of this repository, or "unknown" outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def provenance(made: dict, settings: dict, judged: dict, notes: list, args) -> dict:
     """Where the figures come from: what a reader needs to make them again."""
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow")
     device = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
     return {"models": made, **settings, "judges": judged, "notes": notes, "safety_checker": "off",
-            "device": device, "commit": commit(),
+            "device": device, "commit": output.commit(),
             "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}}
 
 
@@ -220,7 +210,7 @@ def main(argv=None):
         if not parallel.rank():
             lock.hold(args.out)
     notes += remarks
-    for note in () if parallel.rank() else notes:
+    for note in () if parallel.rank() else [output.heading(args.out), *notes]:
         print(note, file=sys.stderr)
 
     flags = ("suite", "sampler", "steps", "eta", "guidance", "noise", "dtype", "seed", "samples", "images")

@@ -242,7 +242,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint into one labelled grid.")
     add = parser.add_argument
     add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id or NAME:SUBFOLDER")
-    add("--compare", metavar="MODEL", help="a second model, on the same noise, below the first")
+    add("--compare", nargs="+", action="extend", default=[], metavar="MODEL",
+        help="more models, on the same noise, one below the other: a run's base and its checkpoints")
     add("--prompt", nargs="+", action="extend", required=True, help="may be given several times")
     add("--seed", type=int, nargs="+", default=[0], help="one picture per prompt and seed")
     add("--steps", type=int, default=50)
@@ -257,9 +258,11 @@ def parse_args(argv=None):
 def main(argv=None):
     from plumbing.checks import check_drawing
     from plumbing.models import load_pipeline, to_compute_type
-    from plumbing.pictures import save_grid
+    from plumbing.output import heading
+    from plumbing.pictures import save_grid, short_names
     args = parse_args(argv)
-    models = [args.model, args.compare] if args.compare else [args.model]
+    print(heading(args.out))
+    models = [args.model, *args.compare]
     check_drawing(args)
     texts = [prompt for prompt in args.prompt for _ in args.seed]
     rows = []
@@ -271,10 +274,11 @@ def main(argv=None):
         dtype = torch.bfloat16 if pipe.unet.device.type == "cuda" else torch.float32
         to_compute_type(pipe.unet, dtype), to_compute_type(pipe.vae, dtype)
         _, images = draw(pipe, pipe.unet, schedule, texts, generators, args.guidance, args.batch, dtype)
-        rows.append(images.unflatten(0, (len(args.prompt), len(args.seed))))
+        rows.append(images.cpu().unflatten(0, (len(args.prompt), len(args.seed))))
+        del pipe  # before the next one is loaded
     grid = torch.stack(rows, 1).flatten(0, 2)     # prompt by prompt, the models below each other
-    labels = [f"{prompt} ({model})" if args.compare else prompt for prompt in args.prompt for model in models]
-    save_grid(grid, args.out, len(args.seed), labels, [f"seed {seed}" for seed in args.seed])
+    names = short_names(models) * len(args.prompt) if args.compare else ()
+    save_grid(grid, args.out, len(args.seed), names, [f"seed {seed}" for seed in args.seed], args.prompt)
     print(f"{args.out}: {len(grid)} pictures, {args.steps} steps, eta {args.eta}, guidance {args.guidance}, "
           "no safety checker")
 

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from grpo import gaussian_kl, group_advantages, policy_loss
-from plumbing import checkpoint, checks, log, parallel, pictures, stop
+from plumbing import checkpoint, checks, log, output, parallel, pictures, stop
 from plumbing.models import (average_weights, averaged, load_clip, load_pipeline, make_policy,
                              to_compute_type, without_adapter)
 from reward import SteeringReward
@@ -35,8 +35,8 @@ from sample import (Rollout, autocast, ddim_mean, ddim_schedule, draw, image_gen
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    files = Path(__file__).parent / "prompts"
-    add = parser.add_argument_group("models and prompts").add_argument
+    files, more = Path(__file__).parent / "prompts", checks.folded(parser, argv)
+    add = parser.add_argument_group("a run").add_argument
     add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id, or NAME:SUBFOLDER")
     add("--clip", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="what HPSv2.1 was tuned from")
     add("--anchors", default=str(files / "anchors.txt"), help="25 safe + 20 unsafe phrases, as the paper")
@@ -44,15 +44,21 @@ def parse_args(argv=None):
         help="files of one prompt a line under [category] lines; benign is the one that is not steered")
     add("--benign", metavar="FILE", default=str(files / "benign.txt"),
         help='more prompts, by default benign ones, which hold utility; "" for none')
-    add("--out", default="runs/sd14", help="run folder: metrics.jsonl, pictures, checkpoints, final/")
+    add("--out", default="runs/sd14", help="run folder: metrics.jsonl, curves, pictures, checkpoints, final/")
+    add("--epochs", type=int, default=300, help="rollouts with their updates (the paper's: 280 to 300)")
+    add("--seed", type=int, default=0)
+    add("--lora-rank", type=int, default=0, help="adapters of this rank (needs peft); 0: the whole UNet")
+    add("--device", default=None, help="default: the GPU; cpu runs a full-size model there all the same")
+    add("--show-unsafe", action="store_true", help="do not blur unsafe prompts' pictures in the grids")
+    add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    add("--overwrite", action="store_true", help="replace the run in --out")
 
-    add = parser.add_argument_group("reward").add_argument
+    add = more("reward")
     add("--alpha", type=float, default=0.5, help="how far the text is moved; 0 is plain CLIP (paper: 0.5)")
     add("--direction", choices=("unit", "raw"), default="unit", help="v of length 1 (code), or not (text)")
     add("--steer", choices=("unsafe", "all"), default="unsafe", help="as the paper's text, or its code")
 
-    add = parser.add_argument_group("rollout").add_argument
-    add("--epochs", type=int, default=300, help="rollouts with their updates (the paper's: 280 to 300)")
+    add = more("rollout")
     add("--prompts-per-rollout", type=int, default=8, metavar="P", help="fewer than the paper's, for one GPU")
     add("--group", type=int, default=16, metavar="G", help="pictures per prompt (paper: 16)")
     add("--unsafe-fraction", type=float, default=0.5, help="share of unsafe prompts, if there are both")
@@ -62,7 +68,7 @@ def parse_args(argv=None):
     add("--shared-noise", action="store_true", help="one initial noise per group")
     add("--sample-batch", type=int, default=4, help="pictures at once; as --micro-batch, to round alike")
 
-    add = parser.add_argument_group("update").add_argument
+    add = more("update")
     add("--updates", type=int, default=2, help="optimizer steps per rollout (released code: 16)")
     add("--micro-batch", type=int, default=4, help="transitions at once; changes no gradient")
     add("--timestep-fraction", type=float, default=1.0, help="random share of each trajectory to train on")
@@ -79,22 +85,14 @@ def parse_args(argv=None):
     add("--max-grad-norm", type=float, default=1.0)
     add("--ema", type=float, default=0.0, metavar="DECAY",
         help="final/ is the policy's mean over about 1 / (1 - DECAY) rollouts; 0: the policy itself (paper)")
-    add("--lora-rank", type=int, default=0, help="adapters of this rank (needs peft); 0: the whole UNet")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0)
-    add("--device", default=None, help="default: the GPU; cpu runs a full-size model there all the same")
+    add = more("compute and files")
     add("--precision", choices=("bf16", "float32"), help="of the UNet's compute; masters are float32 always")
     add("--no-checkpointing", action="store_true", help="keep activations: faster, several times the memory")
     add("--picture-every", type=int, default=20, metavar="N", help="rollouts between grids of pictures")
-    add("--show-unsafe", action="store_true", help="do not blur unsafe prompts' pictures in the grids")
     add("--save-every", type=int, default=20, metavar="N", help="rollouts between checkpoints")
     add("--keep", type=int, default=2, help="checkpoints kept")
-    add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    args = parser.parse_args(argv)
-    checks.check_flags(args)
-    return args
+    return checks.check_flags(parser.parse_args(argv))
 
 
 # -------------------------------------------------------------------------------- the networks
@@ -280,20 +278,21 @@ def rate_at(epoch: int, args) -> float:
 
 def main(argv=None, judge=None, table_prompts=None):
     """Train as the flags say. judge(images (B, 3, H, W) on the CPU, prompts, unsafe (B,) bool) -> {name:
-    float or None} is logged, and nothing else. table_prompts: (Prompt, unsafe) pairs of the table at the end,
+    float or None} is logged and shown. table_prompts: (Prompt, unsafe) pairs of the table at the end,
     not the run's own. After a signal the run ends with a checkpoint and the command that continues it."""
     parallel.join()  # under torchrun; otherwise nothing, as all of parallel's
     args = parse_args(argv)
+    print(output.heading(args.out))
     device = checks.choose_device(args)
     prompts, anchors = checks.read_inputs(args)
     run = checkpoint.open_run(args)
     parts = set_up(args, prompts, anchors)
     log.print_plan(args, parts, prompts)
     done = checkpoint.begin(run, parts.policy, parts.optimizer, args)
-    metrics, networks = log.Log(run / "metrics.jsonl", args.clip_range), both(parts)
+    metrics, networks = log.Log(run / "metrics.jsonl", args.clip_range, args.epochs), both(parts)
     try:
         with checkpoint.replacing(run), stop.signals_noted():
-            for epoch in range(done, args.epochs):
+            for epoch in tqdm(range(done, args.epochs), "epochs", args.epochs, initial=done, disable=None):
                 clock = log.Clock(device)
 
                 # sample: P prompts, G pictures of each, with all that the update needs
@@ -331,7 +330,7 @@ def main(argv=None, judge=None, table_prompts=None):
                     advantages=advantages, unsafe=unsafe, group=args.group, stats=stats, rate=rate,
                     seconds=clock.seconds, device=device) | judged)
                 done = epoch + 1
-                pictures.draw_grid(run, done, networks, parts, prompts, args)
+                pictures.draw_grid(run, done, networks, parts, prompts, args, judge)
                 if done == args.epochs or done % args.save_every == 0:
                     checkpoint.save(run, done, parts.policy, parts.optimizer, args)
                 stop.if_asked()

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from plumbing import output, stop
+
 SIZES = {"start": (240, 5_000, 30_000, 100_000), "log": (100, 1_000, 20_000),
          "evaluate": (300, 3_000, 30_000)}
 LOG_LINES = 20   # appended, and their median taken
@@ -82,6 +84,7 @@ def main():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"seconds": seconds, "peak": peak}))
         return
+    print(output.heading())
     for what, sizes in SIZES.items():
         print(f"\n| {what} | seconds | peak MiB |\n|---|---|---|")
         for count in sizes:
@@ -92,4 +95,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    stop.run_script("bench.growth", main)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 
 import train
 from bench.sd14 import sd14_pipeline, vit_h14
-from plumbing import stop
+from plumbing import output, stop
 from plumbing.models import make_policy
 from sample import Rollout, Schedule, autocast, decode, latent_shape, predict_noise
 
@@ -146,6 +146,7 @@ def count(args, pipe, clip, gpu: bool = True) -> dict:
 
 def main(argv=None):
     args = train.parse_args(["--device", "cpu", *(sys.argv[1:] if argv is None else argv)])
+    print(output.heading())
     if args.model != train.parse_args([]).model:
         raise ValueError(f"--model {args.model}: counted is Stable Diffusion v1.4, without its weights; "
                          "leave --model out")

@@ -16,7 +16,7 @@ import argparse
 import torch
 
 from bench.sd14 import sd14_pipeline
-from plumbing.stop import run_script
+from plumbing import output, stop
 from sample import ddim_mean, ddim_schedule, default_device, log_prob
 
 GUIDANCE = (1.0, 5.0, 7.5)
@@ -38,6 +38,7 @@ def main(argv=None):
     parser.add_argument("--latents", type=int, default=64)
     parser.add_argument("--device", default=default_device())
     args = parser.parse_args(argv)
+    print(output.heading())
     device, B, shape = torch.device(args.device), args.pictures, (4, args.latents, args.latents)
     pipe = sd14_pipeline("cpu", sample_size=args.latents)
     unet, generator = pipe.unet.to(device), torch.Generator().manual_seed(0)
@@ -64,4 +65,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script("bench.rounding", main)
+    stop.run_script("bench.rounding", main)

@@ -5,12 +5,11 @@ shapes world stands in, at the full length of 77 tokens. It knows no words but i
 """
 
 import torch
-
-import plumbing.models  # noqa: F401  (first, as it silences what the libraries below print on import)
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from shapes import WEIGHTS
 from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel,
                           CLIPTextConfig, CLIPTextModel, CLIPTokenizer)
+
+from shapes import WEIGHTS
 
 ANCHORS = WEIGHTS.parent / "anchors.txt"
 

@@ -28,7 +28,7 @@ import shapes.train
 import train
 from bench.sd14 import ANCHORS, sd14_pipeline, vit_h14
 from grpo import group_advantages
-from plumbing import checks, stop
+from plumbing import checks, output, stop
 from plumbing.texts import read_anchors, read_prompts
 from sample import DECODE_BATCH, autocast
 
@@ -262,6 +262,7 @@ def main(argv=None):
         raise ValueError(f"--latents {own.latents}: must be a multiple of 8, which the UNet halves 3 times")
     latents = own.latents if own.arch else 0
     args = train.parse_args(rest if own.arch else [*shapes.train.FLAGS, *rest])
+    print(output.heading(own.json))
     device = checks.choose_device(args)
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads")

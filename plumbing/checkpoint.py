@@ -2,6 +2,7 @@
 
     runs/NAME/flags.json                    all flags of the run, as last started
              /metrics.jsonl                 one object per rollout
+             /curves.png                    its figures, with matplotlib
              /pictures-000010.png           base above policy
              /checkpoint-000020/unet/       the UNet in diffusers' layout; under --lora-rank in its place
                                /pytorch_lora_weights.safetensors, which pipe.load_lora_weights(folder) reads
@@ -35,7 +36,8 @@ from safetensors.torch import load_file, save_file
 from plumbing import lock, parallel, stop
 from plumbing.models import add_adapters, load_pipeline
 
-RUN_FILES = ("flags.json", "metrics.jsonl", "table.md", "pictures-*.png", "checkpoint-*", "final", "*.part")
+RUN_FILES = ("flags.json", "metrics.jsonl", "curves.png", "table.md", "pictures-*.png", "checkpoint-*",
+             "final", "*.part")
 ASIDE, MOVING = "replaced", "replaced.moving"  # the run that --overwrite replaces: whole, and on its way
 LIBRARIES = ("torch", "diffusers", "transformers")
 FREE_FLAGS = {"out", "resume", "overwrite", "keep", "save_every", "picture_every", "show_unsafe", "epochs"}

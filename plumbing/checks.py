@@ -1,7 +1,9 @@
 """What cannot work is refused before anything is loaded: flags, device, files. Errors say what to change."""
 
+import argparse
 import math
 import os
+import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +22,19 @@ NAMED = 5              # prompts named in one message; more are counted
 CPU_WEIGHTS = 2**28    # bytes of a UNet's weight files that a CPU trains in minutes; SD v1.4's are 3.4 GB
 
 
+def folded(parser, argv):
+    """Gives groups of flags, by title, that --help leaves out; --help-all shows everything."""
+    whole = "--help-all" in (sys.argv[1:] if argv is None else argv)
+    parser.add_argument("--help-all", action="help", help="and those of reward, rollout, update, compute")
+
+    def group(title):
+        add = parser.add_argument_group(title).add_argument
+        return add if whole else lambda *names, **more: add(*names, **more | {"help": argparse.SUPPRESS})
+    return group
+
+
 def check_flags(args):
-    """Refuse flags that cannot work, alone or together."""
+    """Refuse flags that cannot work, alone or together; returns the others."""
     rules = [(name, getattr(args, name) >= 1, "at least 1") for name in (
         "epochs", "prompts_per_rollout", "sample_batch", "updates", "micro_batch", "picture_every",
         "save_every", "keep")]
@@ -58,6 +71,7 @@ def check_flags(args):
     check_updates(args)
     if args.resume and args.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
+    return args
 
 
 def check_updates(args):
@@ -137,8 +151,8 @@ def check_drawing(args):
         raise ValueError(f"--out {out}: a folder; give a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()
-    for model in filter(None, (args.model, args.compare)):
-        check_model("--model" if model == args.model else "--compare", model, args.steps, args.eta)
+    for flag, model in (("--model", args.model), *(("--compare", model) for model in args.compare)):
+        check_model(flag, model, args.steps, args.eta)
 
 
 def fits_a_cpu(model: str) -> bool:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,7 +30,12 @@ CLIP_BOUND = 0.5        # share of transitions past the clip range; PPO's usual 
 KL_BOUND = 0.1          # per latent dimension: means that lie 0.45 of a step's deviation from the base's
 ALIGNMENT_BOUND = 0.01  # cosine; CLIP's own spread within a group is about as large
 PLAN_PROMPTS = 256      # unsafe prompts that the plan looks at, spread over the file
-TREND = 10              # rollouts in each of the two windows that a trend is taken from
+TREND = 10              # rollouts in each of the two windows that a trend, and the time left, are taken from
+# What record writes; any other figure of a line is a judge's.
+FIGURES = {"epoch", "reward_mean", "reward_std", "reward_unsafe", "reward_benign", "alignment",
+           "image_safety", "image_safety_unsafe", "zero_std_groups", "ratio_dev_first", "ratio_dev_max",
+           "clip_frac_pos", "clip_frac_neg", "kl_ref_first", "kl_ref", "kl_old", "grad_norm", "lr", "updates",
+           "seconds_sample", "seconds_reward", "seconds_update", "images_per_second", "peak_memory_gb"}
 
 
 # -------------------------------------------------------------------------------- the plan
@@ -68,6 +74,8 @@ def print_plan(args, parts, prompts):
     held = memory(args, parts)
     print("memory   " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
           + f": {sum(held.values()) / 2**30:.2f} GiB, and activations on top (docs/speed.md: peak by flags)")
+    if find_spec("matplotlib") is None:
+        print("note: no curves.png without the package matplotlib: pip install matplotlib")
 
 
 def memory(args, parts) -> dict:
@@ -137,28 +145,40 @@ def record(*, epoch, rewards, alignment, safety, z_image, advantages, unsafe, gr
 
 # -------------------------------------------------------------------------------- the log
 
-def line_of(figures: dict) -> str:
-    """A rollout in 120 columns; metrics.jsonl has the rest, and docs/running.md what they mean."""
+def duration(seconds: float) -> str:
+    """Two digits in the unit that suits them."""
+    for size, unit in ((1, "s"), (60, "min"), (3600, "h"), (86400, "d")):
+        if seconds < 99.5 * size:
+            break
+    return f"{seconds / size:.2g} {unit}"
+
+
+def line_of(figures: dict, left: float = 0) -> str:
+    """A rollout, and the seconds that the run has left, in 120 columns; metrics.jsonl has the rest, and
+    docs/running.md what they mean."""
     sides = ", ".join(f"{name} {figures[key]:.3f}" for name, key in (("unsafe", "reward_unsafe"),
                                                                     ("benign", "reward_benign"))
                       if figures[key] is not None)
     safety = figures["image_safety_unsafe"]
     parts = [f"reward {figures['reward_mean']:.3f}" + f" ({sides})" * bool(sides),
              f"alignment {figures['alignment']:.3f}", *([] if safety is None else [f"safety {safety:.3f}"]),
-             f"clipped {max(figures['clip_frac_pos'], figures['clip_frac_neg']):.0%}",
              f"KL {figures['kl_ref']:.1g}",
-             f"{sum(figures[f'seconds_{phase}'] for phase in ('sample', 'reward', 'update')):.3g} s"]
+             f"{sum(figures[f'seconds_{phase}'] for phase in ('sample', 'reward', 'update')):.3g} s",
+             *([f"{duration(left)} left"] if left else [])]
     return f"epoch {figures['epoch']:4d}: " + ", ".join(parts)
 
 
 @dataclass
 class Log:
     """metrics.jsonl of a run, with what the warnings need to know of it: its last rollouts, and which
-    warnings were given. Read once at the start of a run, appended to from then on."""
+    warnings were given, in which epoch. Read once at the start of a run, appended to from then on; `ends` are
+    the times at which this process began and ended its last rollouts."""
     path: Path
     clip_range: float
+    epochs: int = 0
     recent: deque = field(default_factory=lambda: deque(maxlen=2 * TREND))
-    warned: set = field(default_factory=set)
+    warned: dict = field(default_factory=dict)
+    ends: deque = field(default_factory=lambda: deque([time.perf_counter()], 2 * TREND + 1))
 
     def __post_init__(self):
         for number, (_, figures) in enumerate(read_log(self.path), 1):
@@ -173,7 +193,7 @@ class Log:
         self.recent.append(figures)
         fresh = {name: text for name, text in warnings(list(self.recent), self.clip_range).items()
                  if name not in self.warned}
-        self.warned |= fresh.keys()
+        self.warned |= dict.fromkeys(fresh, figures["epoch"])
         return list(fresh.values())
 
     def append(self, figures: dict):
@@ -187,7 +207,12 @@ class Log:
                              f"the newest checkpoint in {self.path.parent} is whole")
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
-        tqdm.write(line_of(figures))
+        self.ends.append(time.perf_counter())
+        each = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)  # grids and checkpoints included
+        more = max(0, self.epochs - 1 - figures["epoch"])
+        if more and len(self.ends) == 2:
+            tqdm.write(f"time     {duration(each)} a rollout, {duration(each * more)} for the {more} to come")
+        tqdm.write(line_of(figures, each * more))
         for text in self.note(figures):
             tqdm.write(f"warning: {text}")
 
@@ -197,25 +222,28 @@ def warnings(history: list, clip_range: float) -> dict:
     found, last = {}, history[-1]
     clipped = max(last["clip_frac_pos"], last["clip_frac_neg"])
     if clipped > CLIP_BOUND:
-        found["clip"] = (f"{clipped:.0%} of the transitions were past the clip range and taught nothing: "
-                         "lower --learning-rate or --updates, or raise --clip-range")
+        found["clip fraction"] = (
+            f"{clipped:.0%} of the transitions were past the clip range and taught nothing: "
+            "lower --learning-rate or --updates, or raise --clip-range")
     if last["ratio_dev_first"] > clip_range:
         found["rounding"] = (f"before any update the ratio is off by {last['ratio_dev_first']:.2g}, which is "
                              f"rounding, and the clip range is {clip_range:g}: give --sample-batch and "
                              "--micro-batch one value, that divides both pictures and transitions, "
                              "or raise --clip-range")
     if last["kl_ref"] > KL_BOUND:
-        found["kl"] = (f"the KL to the base is {last['kl_ref']:.2g} per latent dimension, above {KL_BOUND}: "
+        found["KL"] = (f"the KL to the base is {last['kl_ref']:.2g} per latent dimension, above {KL_BOUND}: "
                        "the policy is leaving it; look at the pictures, raise --kl or lower --learning-rate")
     if last["zero_std_groups"] == 1:
-        found["spread"] = ("no group had any spread in its rewards, so nothing was learnt: are the pictures "
-                           "of a prompt all the same? raise --group or --eta, or choose other prompts")
+        found["no spread"] = (
+            "no group had any spread in its rewards, so nothing was learnt: are the pictures "
+            "of a prompt all the same? raise --group or --eta, or choose other prompts")
     rise, fall = trend(history, "reward_mean"), trend(history, "alignment")
     if rise > 0 and fall < -ALIGNMENT_BOUND:
-        found["hacking"] = (f"over {2 * TREND} rollouts the reward rose by {rise:.3f} while "
-                            f"the alignment with the prompts fell by {-fall:.3f}: it may be "
-                            "gaining reward without drawing what is asked for; look at the pictures, "
-                            "raise --kl, or lower --alpha")
+        found["reward hacking"] = (
+            f"over {2 * TREND} rollouts the reward rose by {rise:.3f} while "
+            f"the alignment with the prompts fell by {-fall:.3f}: it may be "
+            "gaining reward without drawing what is asked for; look at the pictures, "
+            "raise --kl, or lower --alpha")
     return found
 
 

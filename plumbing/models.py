@@ -16,20 +16,14 @@ from types import SimpleNamespace
 
 import diffusers
 import torch
-import transformers
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import cached_file
 
-for library in (diffusers, transformers):  # their reports on loading say nothing that a user here can act on
-    library.utils.logging.set_verbosity_error()
-    library.utils.logging.disable_progress_bar()
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402  (where the reports begin)
-from transformers import (AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel,  # noqa: E402
-                          CLIPTokenizer)
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD  # noqa: E402
-from transformers.utils import cached_file  # noqa: E402
-
-from sample import ddim_schedule  # noqa: E402
+from sample import ddim_schedule
 
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 # whose betas and timesteps a DDIMScheduler reads as they do

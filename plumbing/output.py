@@ -1,7 +1,29 @@
-"""Output must not decide over a run: a closed pipe, a lost terminal and an ASCII one are no errors."""
+"""Output must not decide over a run: a closed pipe, a lost terminal and an ASCII one are no errors. And its
+first line, which names the program's version."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def commit(digits: int = 40) -> str:
+    """Of this repository, with "+changes" where tracked files differ from it; "unknown" outside one."""
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), "describe", "--always", "--exclude=*",
+               f"--abbrev={digits}", "--dirty=+changes"]
+    try:
+        if (ROOT / ".git").exists():  # and no repository further up
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return "unknown"
+
+
+def heading(out=None) -> str:
+    """The first line of a program: its version, and where it writes."""
+    return f"version  commit {commit(10)}" + (f", writes to {out}" if out else "")
 
 
 class Steady:

@@ -7,18 +7,19 @@ what is learnt.
 import math
 import textwrap
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from plumbing import parallel
+from plumbing import curves, parallel
 from reward import BENIGN, Prompt
 from sample import draw, image_generator
 
 GRID_COLUMNS = 8    # pictures per prompt in a grid
 TABLE_PROMPTS = 64  # pictures per model in the table at the end; evaluate.py measures on as many as one likes
-LINE, WIDE = 16, 48     # height of a label's line in pixels, and its letters
+WIDE, NARROW = 12, 20   # of a row's label at most, of a sheet at least; in heights of its letters
 FONT = ImageFont.load_default(14)
 
 
@@ -31,32 +32,60 @@ def legible(label: str) -> str:
     return "".join(plain)
 
 
-def wrapped(label: str, most: int) -> list[str]:
-    """A label in lines of WIDE letters, `most` of them at most."""
-    return textwrap.wrap(label, WIDE, max_lines=most, placeholder=" ...") or [""]
+def wrapped(label: str, width: int, font=FONT) -> list[str]:
+    """A label in lines of so many pixels at most."""
+    text = legible(label)
+    letters = len(text) + 1
+    while max(map(font.getlength, lines := textwrap.wrap(text, letters) or [""])) > width:
+        letters -= 1
+    return lines
 
 
-def save_grid(images, path, columns: int, row_labels=None, column_labels=None):
-    """Write pictures (N, 3, H, W) in [0, 1] as one labelled PNG, row by row; small ones at 96 pixels."""
+def short_names(models: list[str]) -> list[str]:
+    """A checkpoint's folder, of others the last two parts; all in full where two models would be one."""
+    names = [path.name if path.name.startswith("checkpoint-") else "/".join(path.parts[-2:]) or str(path)
+             for path in map(Path, models)]
+    return names if len(set(names)) == len(set(models)) else models
+
+
+def save_grid(images, path, columns: int, row_labels=(), column_labels=(), captions=(), framed=None):
+    """Write pictures (N, 3, H, W) in [0, 1] as one labelled PNG, row by row; small ones at 96 pixels.
+    captions: each above its share of the rows. framed: (N,) bool, which pictures have a red frame."""
     zoom = max(1, round(96 / images.shape[-1]))
     images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     n, _, height, width = images.shape
-    rows, gap, head = math.ceil(n / columns), 2, 22 if column_labels else 0
-    row_labels = [wrapped(legible(label), max(1, (height + gap) // LINE)) for label in row_labels or []]
-    column_labels = [legible(label) for label in column_labels or []]
-    left = 8 + max((int(FONT.getlength(line)) for label in row_labels for line in label), default=-8)
-    sheet = Image.new("RGB", (left + columns * (width + gap), head + rows * (height + gap)), "white")
+    rows, edge, size = math.ceil(n / columns), max(2, height // 128), max(14, height // 18)
+    font, gap, line = FONT.font_variant(size=size), 2 * edge, size + 3
+    row_labels = [wrapped(label, WIDE * size, font) for label in row_labels]
+    left = gap + max((int(font.getlength(text)) + 8 for label in row_labels for text in label), default=0)
+    whole = max(left + columns * (width + gap), NARROW * size)
+    captions = [wrapped(caption, whole - 8, font) for caption in captions]
+    head, above = line + gap if column_labels else gap, [line * len(text) + size for text in captions]
+    sheet = Image.new("RGB", (whole, head + sum(above) + rows * (height + gap)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, pixels in enumerate((images * 255).round().byte().permute(0, 2, 3, 1).numpy()):
-        row, col = divmod(i, columns)
-        sheet.paste(Image.fromarray(np.ascontiguousarray(pixels)),
-                    (left + col * (width + gap), head + row * (height + gap)))
-    for row, label in enumerate(row_labels):
-        top = head + row * (height + gap) + max(0, height // 2 - 8 * len(label))
-        for number, line in enumerate(label):
-            pen.text((4, top + number * LINE), line, "black", FONT)
-    for col, label in enumerate(column_labels):
-        pen.text((left + col * (width + gap) + 4, 3), label, "black", FONT)
+
+    def write(x, y, lines):
+        for number, text in enumerate(lines):
+            pen.text((x, y + number * line), text, "black", font)
+
+    for column, label in enumerate(column_labels):
+        write(left + column * (width + gap), 2, [legible(label)])
+    top = head
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for row in range(rows):
+        if captions and row % (rows // len(captions)) == 0:
+            number = row * len(captions) // rows
+            write(4, top + size // 2, captions[number])
+            top += above[number]
+        if row_labels:
+            write(4, top + max(0, height - line * len(row_labels[row])) // 2, row_labels[row])
+        for column, i in enumerate(range(row * columns, min(n, (row + 1) * columns))):
+            x = left + column * (width + gap)
+            sheet.paste(Image.fromarray(np.ascontiguousarray(pixels[i])), (x, top))
+            if framed is not None and framed[i]:
+                pen.rectangle((x - edge, top - edge, x + width + edge - 1, top + height + edge - 1), None,
+                              "red", edge)
+        top += height + gap
     sheet.save(path)
 
 
@@ -89,21 +118,31 @@ def draw_both(networks, parts, texts, args, key) -> dict:
     return drawn
 
 
-def draw_grid(run, done: int, networks, parts, prompts, args):
-    """A grid of fixed prompts and noise, base above policy, every --picture-every epochs and at the end.
-    Pictures of unsafe prompts are blurred unless --show-unsafe asks for them."""
+def draw_grid(run, done: int, networks, parts, prompts, args, judge=None):
+    """A grid of fixed prompts and noise, base above policy, and the curves, every --picture-every epochs and
+    at the end. Pictures of unsafe prompts are blurred unless --show-unsafe asks for them; those of which the
+    judge says so have a red frame."""
     if parallel.rank() or done != args.epochs and done % args.picture_every:
         return
     shown = picture_prompts(prompts)
-    texts = [p.text for p in shown for _ in range(GRID_COLUMNS)]
-    rows = []
-    for images in draw_both(networks, parts, texts, args, "grid").values():
-        groups = images.unflatten(0, (len(shown), GRID_COLUMNS))
-        rows.append(torch.stack([blur(group) if parts.is_unsafe[p] and not args.show_unsafe else group
-                                 for p, group in zip(shown, groups)]))
-    grid = torch.stack(rows, 1).flatten(0, 2)  # prompt by prompt, base above policy
-    labels = [f"{p.text[:40]} ({name})" for p in shown for name in networks]
-    save_grid(grid, run / f"pictures-{done:06d}.png", GRID_COLUMNS, labels)
+    repeated = [p for p in shown for _ in range(GRID_COLUMNS)]
+    drawn = draw_both(networks, parts, [p.text for p in repeated], args, "grid")
+    drawn = torch.stack(list(drawn.values()))  # (2, N, 3, H, W)
+    framed = torch.tensor([[looks_unsafe(judge, *pair) for pair in zip(images, repeated)]
+                           for images in drawn])
+    hidden = torch.tensor([parts.is_unsafe[p] and not args.show_unsafe for p in repeated]).view(-1, 1, 1, 1)
+    drawn = torch.where(hidden, blur(drawn.flatten(0, 1)).view_as(drawn), drawn)
+    by_prompt = lambda both: both.unflatten(1, (len(shown), -1)).transpose(0, 1).flatten(0, 2)
+    save_grid(by_prompt(drawn), run / f"pictures-{done:06d}.png", GRID_COLUMNS,
+              ["base", f"after {done} rollouts"] * len(shown), captions=[p.text for p in shown],
+              framed=by_prompt(framed))
+    curves.draw_curves(run, args.clip_range)
+
+
+def looks_unsafe(judge, image, prompt) -> bool:
+    """Whether a judge says so of a picture (3, H, W): by a figure whose name ends in "unsafe"."""
+    seen = judge(image[None], [prompt], torch.tensor([True])) if judge else {}
+    return any(name.endswith("unsafe") and (value or 0) > 0.5 for name, value in seen.items())
 
 
 def score_table(networks, parts, table_prompts, judge, args) -> list[str]:

@@ -20,5 +20,7 @@ Nothing of the method knows this folder: it could be deleted.
 
 from pathlib import Path
 
+import plumbing  # noqa: F401  (first, as it silences what the libraries print on import)
+
 WEIGHTS = Path(__file__).parent / "weights"  # a StableDiffusionPipeline; its text_encoder/ is a whole CLIP
 STEPS, GUIDANCE = 12, 2.75                   # as the policy is trained and measured

@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from plumbing import output, stop
 from plumbing.models import load_clip
 from plumbing.texts import read_anchors
 from reward import SteeringReward
@@ -284,6 +285,7 @@ def main():
     parser.add_argument("--report", action="store_true", help="only measure the networks that are there")
     parser.add_argument("--prompts", action="store_true", help="only write shapes/prompts.txt")
     args = parser.parse_args()
+    print(output.heading(None if args.report else HERE / "prompts.txt" if args.prompts else args.out))
     if args.prompts:
         (HERE / "prompts.txt").write_text(training_prompts(), encoding="utf-8")
         return
@@ -295,4 +297,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    stop.run_script("shapes.build", main)

@@ -25,7 +25,7 @@ from statistics import fmean
 
 import numpy as np
 
-from plumbing import stop
+from plumbing import output, stop
 from shapes import WEIGHTS
 from shapes.train import parse
 
@@ -344,6 +344,7 @@ def main(argv=None):
         return list_variants(args)
     if args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
+    print(output.heading(args.out))
     if not args.tables:
         if any("world-1" in name for name in args.variants) and not (ROOT / WORLD / "model_index.json").is_file():
             (ROOT / WORLD).mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import shapes.train
+import train
+
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "shapes" / "weights"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -19,11 +22,12 @@ TRAIN = "-c", "from shapes import train; train.TABLE_CAPTIONS = 3; train.main()"
 
 
 def command(*words):
-    """Both outputs of `python words...` in the repository's folder, which has to succeed."""
+    """What `python words...` prints in the repository's folder. It has to succeed, and no library may say anything:
+    off a terminal, where there are no bars, the programs here write on stdout alone."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
                           timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,8 @@ def trained(tmp_path_factory):
 
 def test_training_says_what_it_does_and_logs_every_rollout(trained):
     out, printed = trained
-    assert "parameters trained" in printed
+    assert printed.startswith("version ") and printed.splitlines()[0].endswith(f", writes to {out}")
+    assert "parameters trained" in printed and "a rollout, " in printed and " s left\n" in printed
     assert "of 100 unsafe prompts alpha carries 100 to the safe side" in printed
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
@@ -67,13 +72,43 @@ def test_final_is_a_pipeline_whose_unet_has_moved(trained):
     assert 0 < max((after[name] - before[name]).abs().max().item() for name in before) < 0.01
 
 
-def test_pictures_of_two_models_on_one_noise(trained, tmp_path):
-    """Two prompts and two models make four rows; at eta = 0 and after two rollouts they are alike."""
-    command("sample.py", "--model", WEIGHTS, "--compare", trained[0] / "final", "--prompt", "a star",
-            "two rings", "--seed", 0, 1, "--steps", 4, "--eta", 0, "--out", tmp_path / "grid.png")
+def test_a_run_leaves_curves_and_a_grid_with_frames(trained):
+    """The judge calls some of the base's pictures unsafe, and draws a red of its own around them."""
+    with Image.open(trained[0] / "curves.png") as curves, Image.open(trained[0] / "pictures-000002.png") as grid:
+        assert curves.width == 1680 and curves.convert("L").getextrema() == (0, 255)
+        colors = {color: count for count, color in grid.getcolors(2**24)}
+        assert colors[255, 0, 0] % (4 * 2 * (128 + 2)) == 0 < colors[255, 0, 0]  # whole frames, 2 pixels thick
+
+
+def test_a_film_strip_of_three_models_on_one_noise(trained, tmp_path):
+    """Prompt by prompt the models in the order given: base, final and base again. At eta = 0 and after two rollouts
+    the first two are alike, and closer than two prompts are."""
+    printed = command("sample.py", "--model", WEIGHTS, "--compare", trained[0] / "final", WEIGHTS, "--prompt", "a star",
+                      "two rings", "--seed", 0, 1, "--steps", 4, "--eta", 0, "--out", tmp_path / "grid.png")
+    assert printed.startswith("version ") and "12 pictures" in printed
     grid = Image.open(tmp_path / "grid.png")
-    assert grid.size[1] == 22 + 4 * 130
-    width, tops = grid.size[0], range(22, grid.size[1], 130)
-    rows = [grid.crop((width - 130, top, width, top + 128)) for top in tops]  # the second seed's pictures
+    tops = [21 + 31 * (1 + i // 3) + 132 * i for i in range(6)]  # the seeds, a caption to each prompt, the rows
+    assert grid.height == tops[-1] + 132
+    rows = [grid.crop((grid.width - 132, top, grid.width - 4, top + 128)) for top in tops]  # the second seed's
     apart = lambda a, b: sum(abs(x - y) for x, y in zip(rows[a].tobytes(), rows[b].tobytes()))
-    assert 0 < apart(0, 1) < apart(0, 2) and 0 < apart(2, 3) < apart(0, 2)
+    assert apart(0, 2) == apart(3, 5) == 0
+    assert 0 < apart(0, 1) < apart(0, 3) and 0 < apart(3, 4) < apart(0, 3)
+
+
+def test_a_program_that_imports_the_libraries_first_is_silent():
+    assert "usage" in command("-m", "shapes.build", "--help")
+
+
+@pytest.mark.parametrize("main", [train.main, shapes.train.main])
+def test_help_is_short_and_help_all_has_every_flag(main, capsys, monkeypatch):
+    """--help has what a run needs, on a screen of 40 lines."""
+    monkeypatch.chdir(ROOT)
+    flags = {f"--{name.replace('_', '-')}" for name in vars(train.parse_args([]))}
+    said = {}
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            main([word])
+        text = capsys.readouterr().out
+        said[word] = {flag for flag in flags if f"  {flag}" in text}
+        assert word == "--help-all" or len(text.splitlines()) < 40 and "--help-all" in text
+    assert said["--help-all"] == flags > said["--help"] > {"--model", "--prompts", "--out", "--epochs", "--resume"}

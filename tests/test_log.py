@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
 from tiny import args_for, parts_for, tiny_clip, tiny_pipe, tiny_unet
 
-from plumbing import log
+from plumbing import curves, log
 from reward import Prompt, SteeringReward
 
 CPU = torch.device("cpu")
@@ -36,6 +38,7 @@ def test_record_is_computed_by_hand():
         advantages=torch.tensor([-1.0, 1, 0, 0, 0, 1]),  # one 0 is a picture at its group's mean
         unsafe=torch.tensor([True] * 4 + [False] * 2),
         seconds=dict(seconds_sample=1.0, seconds_reward=0.5, seconds_update=1.5))
+    assert line.keys() == log.FIGURES, "curves.png takes any other figure for a judge's"
     assert line.pop("peak_memory_gb") > 0
     assert line == pytest.approx(dict(
         epoch=5, reward_mean=0.4, reward_std=(0.1 + 0.3) / 3, reward_unsafe=0.35, reward_benign=0.5,
@@ -115,6 +118,26 @@ def test_trend_is_the_difference_of_two_means_or_nothing():
     assert log.trend(history([0.0] * 9 + [1.0] * 10), "x") == 0  # one too few
 
 
+@pytest.mark.parametrize("seconds, said", [
+    (0.44, "0.44 s"), (10.4, "10 s"), (99.4, "99 s"), (99.6, "1.7 min"), (5000, "83 min"), (9000, "2.5 h"), (10**6, "12 d")])
+def test_durations_have_two_digits(seconds, said):
+    assert log.duration(seconds) == said
+
+
+def test_time_left_goes_by_this_process(tmp_path, capsys, monkeypatch):
+    """Epochs of 60 s and then of 20 s, whose last 20 are what counts; another process starts from its own."""
+    ticks = iter([0.0, 60, *(80 + 20 * i for i in range(21)), 1000, 1010, 2000, 2010])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(ticks))
+    metrics = log.Log(tmp_path / "metrics.jsonl", 1e-4, epochs=25)
+    for epoch in range(22):
+        metrics.append(figures(epoch))
+    log.Log(tmp_path / "metrics.jsonl", 1e-4, epochs=25).append(figures(22))
+    log.Log(tmp_path / "metrics.jsonl", 1e-4).append(figures(24))  # the last
+    said = [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert said[:3] == ["24 min for the 24 to come", "24 min left", "15 min left"]  # mean of 60 and 20: 40 s
+    assert said[-4:] == ["60 s left", "20 s for the 2 to come", "20 s left", "3 s"]
+
+
 def test_log_refuses_what_is_not_finite(tmp_path):
     with pytest.raises(ValueError, match="epoch 3: kl_ref not finite"):
         log.Log(tmp_path / "metrics.jsonl", 1e-4).append(figures(3, kl_ref=math.nan))
@@ -157,3 +180,41 @@ def test_plan_says_what_holds_utility(kl, benign, said, capsys):
     plan = capsys.readouterr().out
     assert "2 prompts x 3 = 6 images" in plan and "on 24 transitions (all but the last 2" in plan
     assert (said in plan) if said else ("utility" not in plan and "violence 1, benign 1" in plan)
+
+
+def test_plan_says_what_the_curves_need(capsys, monkeypatch):
+    monkeypatch.setattr(log, "find_spec", lambda name: None)
+    args, parts = plan_for()
+    log.print_plan(args, parts, parts.unsafe)
+    assert capsys.readouterr().out.count("note: no curves.png without the package matplotlib") == 1
+
+
+# -------------------------------------------------------------------------------- the curves
+
+def test_running_mean_is_of_what_is_there():
+    values = np.array([math.nan, 1, math.nan, 3, *[5] * 10, *[math.nan] * 10])
+    mean = curves.running_mean(values)
+    assert math.isnan(mean[0]) and mean[1:4].tolist() == [1, 1, 2] and mean[13] == 5 == mean[22]
+    assert math.isnan(mean[23]) and len(mean) == len(values)
+
+
+def test_curves_mark_gaps_warnings_and_a_judge(tmp_path, monkeypatch):
+    """No unsafe prompt in the second of 30 rollouts; the KL's warning at the twelfth; a judge's figure."""
+    kept = []
+    monkeypatch.setattr(pytest.importorskip("matplotlib.figure").Figure, "savefig", lambda *a, **_: kept.append(a))
+    metrics = log.Log(tmp_path / "metrics.jsonl", 1e-4)
+    for i in range(30):
+        metrics.append(figures(i, reward_unsafe=None if i == 1 else 0.1 * i, kl_ref=0.01 * i, my_score=None if i < 5 else 0.5,
+                               reward_std=0.1, ratio_dev_max=0.1, image_safety=0.0, spread_benign=0.2))
+    curves.draw_curves(tmp_path, 1e-4)
+    (figure, path), = kept
+    axes = {axis.get_title(): axis for axis in figure.axes}
+    assert path == tmp_path / "curves.png" and list(axes)[:2] == ["reward", "my score"]
+    assert len(axes) == 9 and "variety within a group" in axes
+    raw, mean = axes["reward"].lines[:2]
+    assert math.isnan(raw.get_ydata()[1]) and mean.get_ydata()[1] == 0 and raw.get_xdata().tolist() == list(range(1, 31))
+    kl = axes["KL to the base"]
+    assert [line.get_xdata() for line in kl.lines[2:]] == [[12, 12]] and kl.texts[0].get_text() == " warning: KL "
+    assert not axes["reward"].texts and len(axes["my score"].lines) == 2
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert curves.draw_curves(tmp_path, 1e-4) is None and len(kept) == 1

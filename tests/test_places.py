@@ -13,6 +13,7 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ import sample
 import train
 from evaluation import judges, results
 from plumbing import checkpoint, log, models, output, pictures, stop
+from reward import Prompt
 
 WEIGHTS = Path(__file__).parent.parent / "shapes" / "weights"
 
@@ -96,7 +98,7 @@ def old_run(out: Path) -> dict:
         (out / name / "weights").write_text(name)
     (out / "final").symlink_to(out / "elsewhere")
     (out / "checkpoint-000003").symlink_to(out / "nowhere")
-    for name in ("metrics.jsonl", "flags.json", "table.md", "pictures-000007.png", "mine.txt"):
+    for name in ("metrics.jsonl", "flags.json", "curves.png", "table.md", "pictures-000007.png", "mine.txt"):
         (out / name).write_text(name)
     return tree(out)
 
@@ -259,9 +261,8 @@ def test_a_rollouts_line_fits_and_a_log_file_has_no_bars(run, tmp_path, capsys):
     lines = [line for line in printed.out.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2 and all(len(line) <= 120 and "reward" in line and "alignment" in line for line in lines)
     worst = dict(epoch=9999, reward_mean=-0.123, reward_unsafe=-0.123, reward_benign=-0.123, alignment=0.123,
-                 image_safety_unsafe=-0.123, clip_frac_pos=1.0, clip_frac_neg=1.0, kl_ref=1e-5, seconds_sample=900.0,
-                 seconds_reward=99.0, seconds_update=0.0)
-    assert len(log.line_of(worst)) <= 120
+                 image_safety_unsafe=-0.123, kl_ref=5e-4, seconds_sample=900.0, seconds_reward=99.0, seconds_update=0.0)
+    assert len(log.line_of(worst, 99 * 60)) <= 120 and log.line_of(worst, 99 * 60).endswith("999 s, 99 min left")
 
 
 # -------------------------------------------------------------------------------- sample.py, folders of pictures, systems
@@ -295,14 +296,62 @@ def test_a_script_ends_in_one_line(reason, said, code):
     assert done.returncode == code and done.stderr == said + "\n" and not done.stdout
 
 
+def test_a_version_is_the_commit_and_says_where_files_differ(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words],
+                                        check=True, capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr(output, "ROOT", tmp_path / "copy")  # a download inside another repository
+    (tmp_path / "copy").mkdir()
+    git("init", "-q")
+    assert output.commit() == "unknown" and output.heading() == "version  commit unknown"
+    monkeypatch.setattr(output, "ROOT", tmp_path)
+    (tmp_path / "file").write_text("a")
+    git("add", "file"), git("commit", "-qm", "first"), git("tag", "v1")
+    assert output.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("b")
+    assert output.heading("runs/x") == f"version  commit {git('rev-parse', 'HEAD')[:10]}+changes, writes to runs/x"
+
+
+@pytest.mark.parametrize("models, names", [
+    (["shapes/weights", "runs/sd14/checkpoint-000020", "/x/runs/sd14/checkpoint-000040:average"],
+     ["shapes/weights", "checkpoint-000020", "checkpoint-000040:average"]),
+    (["a/checkpoint-1", "b/checkpoint-1"], ["a/checkpoint-1", "b/checkpoint-1"]), (["."], ["."]),
+    (["x/sd14/final", "CompVis/stable-diffusion-v1-4"], ["sd14/final", "CompVis/stable-diffusion-v1-4"])])
+def test_models_have_short_names(models, names):
+    assert pictures.short_names(models) == names
+
+
+def test_a_grid_has_captions_that_wrap_and_frames(tmp_path):
+    """Two prompts of two rows: a frame lies around its picture, and all words of a long caption fit."""
+    pictures.save_grid(torch.full((8, 3, 96, 96), 0.5), tmp_path / "a.png", 2, ["base", "after"] * 2,
+                       captions=["short", "word " * 40], framed=torch.arange(8) == 3)
+    with Image.open(tmp_path / "a.png") as grid:
+        lines = pictures.wrapped("word " * 40, grid.width - 8)
+        assert " ".join(lines).split() == ["word"] * 40 and len(lines) > 2
+        assert max(map(pictures.FONT.getlength, lines)) < grid.width
+        tops = [4 + 31, 4 + 31 + 100, 4 + 31 + 200 + 17 * len(lines) + 14]
+        assert grid.height == tops[-1] + 200
+        pixels = np.array(grid)
+        where = np.argwhere((pixels == (255, 0, 0)).all(-1))
+        left = where[:, 1].min()
+        assert where[:, 0].min() == tops[1] - 2 and where[:, 0].max() == tops[1] + 97 and len(where) == 4 * 2 * 98
+        assert all((pixels[top:top + 96, left + 2:left + 98] == 128).all() for top in tops)
+
+
+@pytest.mark.parametrize("seen, framed", [
+    ({"exact_unsafe": 1.0}, True), ({"exact_unsafe": 0.5, "exact_correct": 1.0}, False), ({"unsafe": None}, False), ({}, False)])
+def test_a_picture_that_the_judge_calls_unsafe(seen, framed):
+    assert pictures.looks_unsafe(lambda images, prompts, unsafe: seen, torch.zeros(3, 8, 8), Prompt("a")) is framed
+    assert not pictures.looks_unsafe(None, torch.zeros(3, 8, 8), Prompt("a"))
+
+
 @pytest.mark.parametrize("text", ["naïve café", "кот", "一只猫", "a\nb\tc", "𝔘", "", "x" * 500, "ﬁ"])
 def test_labels_are_in_letters_that_the_font_has(text):
     shown = pictures.legible(text)
     missing = bytes(pictures.FONT.getmask("\U0010ffff"))
     assert all(c == " " or bytes(pictures.FONT.getmask(c)) != missing for c in shown)
     assert bool(shown) == bool(text)
-    lines = pictures.wrapped(shown, 3)
-    assert 1 <= len(lines) <= 3 and max(map(len, lines)) <= pictures.WIDE
+    lines = pictures.wrapped(text, 100)
+    assert max(map(pictures.FONT.getlength, lines)) <= 100 and "".join(lines).replace(" ", "") == shown.replace(" ", "")
 
 
 def test_fid_folders_are_read_as_clean_fid_reads_them(tmp_path):
