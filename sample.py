@@ -241,7 +241,7 @@ def default_device() -> str:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint into one labelled grid.")
     add = parser.add_argument
-    add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id or NAME:SUBFOLDER")
+    add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id, NAME:SUBFOLDER, or a run's checkpoint")
     add("--compare", metavar="MODEL", help="a second model, on the same noise, below the first")
     add("--prompt", nargs="+", action="extend", required=True, help="may be given several times")
     add("--seed", type=int, nargs="+", default=[0], help="one picture per prompt and seed")
