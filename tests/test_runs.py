@@ -488,13 +488,14 @@ def test_pictures_and_tables_of_checkpoints(undisturbed, tmp_path, monkeypatch, 
     sample.main(["--model", f"{undisturbed}/checkpoint-000001", "--compare", f"{undisturbed}/final", "--prompt",
                  "a star", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "grid.png")])
     monkeypatch.setattr(evaluate.report, "bar_pictures", lambda *_: None)
+    monkeypatch.setattr(evaluate.report, "GRID", 1)
     last = shutil.copytree(undisturbed / "checkpoint-000002", tmp_path / "last")
-    words = ["--model", f"{last}:average", "--base", str(MODEL), "--also", str(last), "--suite", "shapes",
-             "--images", "1", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    words = ["--model", f"{last}:average", "--base", str(last), "--suite", "shapes", "--images", "1",
+             "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
     evaluate.main(words)
     made = json.loads((tmp_path / "out" / "report.json").read_text())["provenance"]["models"]
-    assert list(made) == [f"{last}:average", str(MODEL), str(last)]
-    assert len({model["weights_sha256"] for model in made.values()}) == 3
+    assert list(made) == [f"{last}:average", str(last)]
+    assert len({model["weights_sha256"] for model in made.values()}) == 2
     shutil.copy(undisturbed / "checkpoint-000001" / UNET, last / UNET)
     with pytest.raises(SystemExit):
         evaluate.main(words)
