@@ -485,8 +485,8 @@ def test_a_run_starts_from_a_checkpoint_as_from_any_model(undisturbed, adapted, 
 
 def test_pictures_and_tables_of_checkpoints(undisturbed, tmp_path, monkeypatch, capsys):
     """By the programs themselves; a checkpoint that became another one is not the one of the results."""
-    sample.main(["--model", f"{undisturbed}/checkpoint-000001", "--compare", f"{undisturbed}/final", "--prompt",
-                 "a star", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "grid.png")])
+    sample.main(["--model", f"{undisturbed}/checkpoint-000001", "--compare", f"{undisturbed}/final",
+                 "--steps", "2", "--prompt", "a star", "--device", "cpu", "--out", str(tmp_path / "grid.png")])
     monkeypatch.setattr(evaluate.report, "bar_pictures", lambda *_: None)
     monkeypatch.setattr(evaluate.report, "GRID", 1)
     last = shutil.copytree(undisturbed / "checkpoint-000002", tmp_path / "last")
@@ -506,8 +506,8 @@ def link(folder, model, start="", rank=0, ema=0.0):
     """A checkpoint of nothing, of a run that started from `model`."""
     (folder / "unet").mkdir(parents=True)
     save_file({"a": torch.zeros(1)}, folder / ("" if rank else "unet") / "a.safetensors")
-    state = dict(flags=dict(model=str(model), lora_rank=rank, ema=ema)) | ({"start": str(start)} if start else {})
-    (folder / "state.json").write_text(json.dumps(state))
+    flags, more = dict(model=str(model), lora_rank=rank, ema=ema), {"start": str(start)} if start else {}
+    (folder / "state.json").write_text(json.dumps({"flags": flags} | more))
     return folder
 
 
@@ -537,8 +537,8 @@ WRONG = [("run", "is not a diffusers pipeline: .* has final, checkpoint-000001")
 @pytest.mark.parametrize("name, said", WRONG)
 def test_what_is_no_checkpoint_is_one_line(name, said, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    for folder in ("run/checkpoint-000001", "run/checkpoint-000002.part", "stateless", "damaged", "flagless", "torn",
-                   "weightless", "other"):
+    for folder in ("run/checkpoint-000001", "run/checkpoint-000002.part", "stateless", "damaged", "flagless",
+                   "torn", "weightless", "other"):
         link(tmp_path / folder, MODEL)
     (run / "final").mkdir()
     link(tmp_path / "circle", tmp_path / "back")
@@ -563,7 +563,7 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(undisturbed, tmp_path, monk
         checkpoint.remove(run / "checkpoint-000001")
         return load_file(file)
     monkeypatch.setattr(models, "load_file", removed)
-    with pytest.raises(ValueError, match="checkpoint-000001: its run has removed it meanwhile.*has final, checkp"):
+    with pytest.raises(ValueError, match="000001: its run has removed it meanwhile.* has final, "):
         load_pipeline(str(run / "checkpoint-000001"))
 
 
