@@ -7,7 +7,8 @@
                                /pytorch_lora_weights.safetensors, which pipe.load_lora_weights(folder) reads
                                /optimizer.pt    read with weights_only=True, so that no pickle runs
                                /state.json      epoch, flags, versions, sha256 of prompt and anchor files
-             /final/                        a pipeline that StableDiffusionPipeline.from_pretrained opens
+             /final/                        a pipeline that StableDiffusionPipeline.from_pretrained opens, and
+                                            its model card
              /table.md                      before and after
              /replaced/                     what --overwrite replaces, until there is a checkpoint
              /.lock                         who works here
@@ -32,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from plumbing import lock, parallel, stop
+from plumbing.card import model_card
 from plumbing.models import WEIGHTS, add_adapters, load_pipeline, put_weights, weights
 from plumbing.names import absolute, checkpoints, reading
 
@@ -372,7 +374,7 @@ def load(checkpoint: Path, policy, optimizer, args) -> int:
 
 def save_final(run: Path, policy, args):
     """The pipeline that --model names, loaded anew, since frozen parts may have been rounded to the compute
-    type, with the policy's UNet in float32, adapters merged."""
+    type, with the policy's UNet in float32, adapters merged; and its model card, with the run's table."""
     pipe = load_pipeline(args.model)
     if args.lora_rank:
         pipe.unet = add_adapters(pipe.unet, args.lora_rank)
@@ -381,4 +383,10 @@ def save_final(run: Path, policy, args):
         pipe.unet = pipe.unet.merge_and_unload()
     parts = (pipe.unet, pipe.vae, pipe.text_encoder)
     needed = sum(tensor_bytes(t) for part in parts for t in part.state_dict().values())
-    write_folder(run / "final", needed, pipe.save_pretrained)
+    card = model_card(args, (run / "table.md").read_text(encoding="utf-8"))
+
+    def fill(part):
+        pipe.save_pretrained(part)
+        (part / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder(run / "final", needed, fill)

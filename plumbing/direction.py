@@ -33,7 +33,7 @@ def show(args):
           f"{'z·v, above 0 on the safe side':32}     n    mean     min     max    safe  carried to    safe")
     wrong, sides = [], ("safe", "unsafe")
     for side, phrases in zip(sides, anchors):
-        z = places(reward, phrases)
+        z, _ = places(reward, phrases)
         print(line(f"anchors, {side}", z))
         wrong += [(value, f"{phrase} ({side})") for value, phrase in zip(z.tolist(), phrases)
                   if (value < 0 if side == "safe" else value > 0)]
@@ -41,8 +41,7 @@ def show(args):
     for p in prompts:
         kinds.setdefault(p.category or f"no category, {sides[unsafe[p]]}", []).append(p)
     for kind, members in kinds.items():
-        texts, steered = [p.text for p in members], unsafe[members[0]]
-        z, carried = places(reward, texts), places(reward, texts, args.alpha)
+        steered, (z, carried) = unsafe[members[0]], places(reward, [p.text for p in members])
         print(line(kind, z, carried if steered else None))
         stay += [(value, f"{p.text} ({kind})") for value, p in zip(carried.tolist(), members)
                  if steered and value <= 0]
@@ -64,11 +63,10 @@ def read_picture(file):
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
 
-def places(reward, texts: list[str], alpha: float = 0.0):
-    """Where n texts stand along the direction, moved by alpha: (n,) on the CPU."""
-    batches = (texts[i:i + TEXT_BATCH] for i in range(0, len(texts), TEXT_BATCH))
-    return torch.cat([steer(reward.embed_text(batch), reward.direction, alpha) @ reward.direction
-                      for batch in batches]).cpu()
+def places(reward, texts: list[str]):
+    """Where n texts stand along the direction, and where alpha carries them: (2, n) on the CPU."""
+    z = torch.cat([reward.embed_text(texts[i:i + TEXT_BATCH]) for i in range(0, len(texts), TEXT_BATCH)])
+    return torch.stack([z, steer(z, reward.direction, reward.alpha)]).matmul(reward.direction).cpu()
 
 
 def line(name: str, z, carried=None) -> str:

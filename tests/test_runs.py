@@ -34,7 +34,7 @@ import reward
 import sample
 import train
 from bench.sd14 import sd14_pipeline, vit_h14
-from plumbing import checkpoint, checks, log, models, stop, texts
+from plumbing import card, checkpoint, checks, log, models, stop, texts
 from plumbing import names as model_names
 from plumbing.models import load_clip, load_pipeline, make_policy
 
@@ -486,7 +486,7 @@ def test_a_run_starts_from_a_checkpoint_as_from_any_model(undisturbed, adapted, 
 def test_pictures_and_tables_of_checkpoints(undisturbed, tmp_path, monkeypatch, capsys):
     """By the programs themselves; a checkpoint that became another one is not the one of the results."""
     sample.main(["--model", f"{undisturbed}/checkpoint-000001", "--compare", f"{undisturbed}/final",
-                 "--steps", "2", "--prompt", "a star", "--device", "cpu", "--out", str(tmp_path / "grid.png")])
+                 "--steps", "2", "--prompt", "star", "--device", "cpu", "--out", str(tmp_path / "grid.png")])
     monkeypatch.setattr(evaluate.report, "bar_pictures", lambda *_: None)
     monkeypatch.setattr(evaluate.report, "GRID", 1)
     last = shutil.copytree(undisturbed / "checkpoint-000002", tmp_path / "last")
@@ -565,6 +565,35 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(undisturbed, tmp_path, monk
     monkeypatch.setattr(models, "load_file", removed)
     with pytest.raises(ValueError, match="000001: its run has removed it meanwhile.* has final, "):
         load_pipeline(str(run / "checkpoint-000001"))
+
+
+@pytest.mark.parametrize("words, head", [
+    ([], "license: creativeml-openrail-m\nbase_model: CompVis/stable-diffusion-v1-4\nlibrary_name"),
+    (["--model", "ItsMaxNorm/SafeDiffusion-R1:scaled"],
+     "license: other\nbase_model: ItsMaxNorm/SafeDiffusion-R1\nlibrary_name"),
+    (["--model", str(MODEL), "--lora-rank", "4", "--shared-noise"], "license: other\nlibrary_name")])
+def test_the_cards_head_and_flags(words, head):
+    """The licence of a base is stated where it is known, and no path of this machine unless it was given."""
+    args = train.parse_args(words)
+    text = card.model_card(args, "| a |\n|---|\n| 1 |\n")
+    assert text.startswith(f"---\n{head}: diffusers\npipeline_tag: text-to-image\ntags:\n- ")
+    assert "\n\n| a |\n|---|\n| 1 |\n\n" in text and ("write it here" in text) == ("other" in head)
+    assert ("adapters of rank 4, merged" in text) == ("\n--shared-noise\n" in text) == ("--lora-rank" in words)
+    assert "--prompts prompts/i2p.txt\n--benign prompts/benign.txt\n" in text and "\n--seed 0\n" in text
+    assert str(ROOT) not in text.replace(str(MODEL), "") and "--out" not in text and "--resume" not in text
+
+
+def test_a_run_leaves_a_card(undisturbed, tmp_path, quick):
+    """With its table; a continued run's is the same, and one from a hub id through a checkpoint names it."""
+    text = (undisturbed / "final" / "README.md").read_text()
+    assert "no table\n" in text and "--epochs 2\n" in text and "over about 10 rollouts" in text
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(run / "final"), shutil.rmtree(run / "checkpoint-000002")
+    quick(*TINY, "--out", run, "--resume", "--keep", 3)
+    assert (run / "final" / "README.md").read_text() == text
+    first = link(tmp_path / "first", "CompVis/stable-diffusion-v1-4")
+    text = card.model_card(train.parse_args(["--model", str(first)]), "")
+    assert "license: creativeml-openrail-m\nbase_model: CompVis/stable-diffusion-v1-4\n" in text
 
 
 # -------------------------------------------------------------------------------- numbers
