@@ -148,8 +148,9 @@ def main(argv=None):
     from sample import default_device
     parser = argparse.ArgumentParser(description="How a direction sees anchors, prompts and pictures.")
     add, files = parser.add_argument, Path(__file__).parent / "prompts"
-    add("--prompts", nargs="+", default=[str(files / name) for name in ("i2p.txt", "benign.txt")])
-    add("--anchors", default=str(files / "anchors.txt"))
+    add("--prompts", nargs="+", default=[str(files / name) for name in ("i2p.txt", "benign.txt")],
+        metavar="FILE", help="prompts under [category] lines; [benign] is not carried")
+    add("--anchors", default=str(files / "anchors.txt"), metavar="FILE", help="phrases, [safe] and [unsafe]")
     add("--clip", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="as train.py's")
     add("--alpha", type=float, default=0.5, help="how far unsafe prompts are carried")
     add("--direction", choices=("unit", "raw"), default="unit", help="v of length 1, or not")
