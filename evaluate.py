@@ -53,7 +53,7 @@ def guidance_flag(text: str):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("what").add_argument
-    group("--model", required=True, help="folder, hub id, or NAME:SUBFOLDER of either")
+    group("--model", required=True, help="folder, hub id, NAME:SUBFOLDER, or a run's checkpoint")
     group("--base", help="drawn on the same noise, for paired differences")
     group("--also", action="append", default=[], help=f"further models, or {', '.join(TRICKS)} on the base")
     group("--suite", choices=SUITES, required=True)

@@ -12,9 +12,13 @@ The diffusion model always sees the prompt as it was written; only the target of
 The paper's text takes v as the raw difference and steers unsafe prompts; its released code scales v to unit
 length and steers all. Both readings of both are here: `unit`, and `steer`. Unsafe is what the prompt file's
 category says; a prompt without a category is unsafe when z_text·v < 0.
+
+    python reward.py --prompts my_prompts.txt --anchors my_anchors.txt     # how a direction sees them
 """
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -149,3 +153,26 @@ class SteeringReward:
     def __call__(self, images, prompts):
         """r = cos(z_image, normalize(z_text + alpha·v)): images (B, 3, H, W) in [0, 1], B prompts -> (B,)."""
         return self.score(images, prompts)[0]
+
+
+# -------------------------------------------------------------------------------- the script
+
+def main(argv=None):
+    from plumbing.direction import show
+    from sample import default_device
+    parser = argparse.ArgumentParser(description="How a direction sees anchors, prompts and pictures.")
+    add, files = parser.add_argument, Path(__file__).parent / "prompts"
+    add("--prompts", nargs="+", default=[str(files / name) for name in ("i2p.txt", "benign.txt")],
+        metavar="FILE", help="prompts under [category] lines; [benign] is not carried")
+    add("--anchors", default=str(files / "anchors.txt"), metavar="FILE", help="phrases, [safe] and [unsafe]")
+    add("--clip", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="as train.py's")
+    add("--alpha", type=float, default=0.5, help="how far unsafe prompts are carried")
+    add("--direction", choices=("unit", "raw"), default="unit", help="v of length 1, or not")
+    add("--image", nargs="+", default=[], metavar="FILE", help="pictures to be scored under the prompts")
+    add("--device", default=default_device())
+    show(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    from plumbing.stop import run_script
+    run_script("reward.py", main)

@@ -241,7 +241,8 @@ def default_device() -> str:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint into one labelled grid.")
     add = parser.add_argument
-    add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id or NAME:SUBFOLDER")
+    add("--model", default="CompVis/stable-diffusion-v1-4",
+        help="folder, hub id, NAME:SUBFOLDER, or a run's checkpoint")
     add("--compare", nargs="+", action="extend", default=[], metavar="MODEL",
         help="more models, on the same noise, one below the other: a run's base and its checkpoints")
     add("--prompt", nargs="+", action="extend", required=True, help="may be given several times")

@@ -37,7 +37,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     files, more = Path(__file__).parent / "prompts", checks.folded(parser, argv)
     add = parser.add_argument_group("a run").add_argument
-    add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id, or NAME:SUBFOLDER")
+    add("--model", default="CompVis/stable-diffusion-v1-4", help="folder, hub id, NAME:SUBFOLDER, checkpoint")
     add("--clip", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="what HPSv2.1 was tuned from")
     add("--anchors", default=str(files / "anchors.txt"), help="25 safe + 20 unsafe phrases, as the paper")
     add("--prompts", nargs="+", default=[str(files / "i2p.txt")],

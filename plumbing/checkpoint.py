@@ -8,7 +8,8 @@
                                /pytorch_lora_weights.safetensors, which pipe.load_lora_weights(folder) reads
                                /optimizer.pt    read with weights_only=True, so that no pickle runs
                                /state.json      epoch, flags, versions, sha256 of prompt and anchor files
-             /final/                        a pipeline that StableDiffusionPipeline.from_pretrained opens
+             /final/                        a pipeline that StableDiffusionPipeline.from_pretrained opens, and
+                                            its model card
              /table.md                      before and after
              /replaced/                     what --overwrite replaces, until there is a checkpoint
              /.lock                         who works here
@@ -22,7 +23,6 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -34,7 +34,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from plumbing import lock, parallel, stop
-from plumbing.models import add_adapters, load_pipeline
+from plumbing.card import model_card
+from plumbing.models import WEIGHTS, add_adapters, load_pipeline, put_weights, weights
+from plumbing.names import absolute, checkpoints, reading
 
 RUN_FILES = ("flags.json", "metrics.jsonl", "curves.png", "table.md", "pictures-*.png", "checkpoint-*",
              "final", "*.part")
@@ -253,24 +255,10 @@ def sync(path: Path):
 
 # -------------------------------------------------------------------------------- checkpoints
 
-def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [path for path in run.glob("checkpoint-*") if path.name[len("checkpoint-"):].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[len("checkpoint-"):]))
-
-
-def weights(policy, args) -> dict:
-    """What is trained: the UNet's weights, or the adapter's under the names that diffusers gives them."""
-    if not args.lora_rank:
-        return policy.state_dict()
-    return {"unet." + name.removeprefix("base_model.model.").replace(".default", ""): p.detach()
-            for name, p in policy.named_parameters() if p.requires_grad}
-
-
 def state(policy, optimizer, args) -> list:
     """Every tensor of a checkpoint. Before its first step AdamW has none: two moments per weight, and its
     average, are on their way."""
-    learnt = list(weights(policy, args).values())
+    learnt = list(weights(policy, args.lora_rank).values())
     moments = [t for values in optimizer.state.values() for t in values.values()]
     if not moments:
         moments = 3 * learnt if args.ema else 2 * learnt
@@ -333,7 +321,7 @@ def save(run: Path, epoch: int, policy, optimizer, args, why: str = "") -> Path:
     if parallel.rank() or target.exists():
         return target
     learnt = {name: tensor.cpu().contiguous()  # not channels_last
-              for name, tensor in weights(policy, args).items()}
+              for name, tensor in weights(policy, args.lora_rank).items()}
     bad = [name for name, tensor in learnt.items() if not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"{why or f'after epoch {epoch - 1} the weights are not finite'} "
@@ -342,14 +330,13 @@ def save(run: Path, epoch: int, policy, optimizer, args, why: str = "") -> Path:
         sync(run / "metrics.jsonl")
 
     def fill(part):
-        if args.lora_rank:
-            save_file(learnt, part / "pytorch_lora_weights.safetensors")
-        else:
+        if not args.lora_rank:
             policy.save_config(part / "unet")
-            save_file(learnt, part / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        save_file(learnt, part / WEIGHTS[bool(args.lora_rank)], {"format": "pt"})
         torch.save(optimizer.state_dict(), part / "optimizer.pt")
-        about = dict(epoch=epoch, flags=vars(args), versions={n: version(n) for n in LIBRARIES},
-                     files=file_hashes(args), processes=parallel.world(), threads=torch.get_num_threads())
+        about = dict(epoch=epoch, flags=vars(args), start=absolute(args.model), files=file_hashes(args),
+                     versions={n: version(n) for n in LIBRARIES}, processes=parallel.world(),
+                     threads=torch.get_num_threads())
         (part / "state.json").write_text(json.dumps(about | ({"stopped": why} if why else {}), indent=1))
 
     write_folder(target, sum(map(tensor_bytes, state(policy, optimizer, args))), fill)
@@ -378,22 +365,10 @@ def read_state(checkpoint: Path) -> dict:
 
 def load(checkpoint: Path, policy, optimizer, args) -> int:
     """Put a checkpoint into policy and optimizer; returns the epochs done. No pickle is run."""
-    file = ("pytorch_lora_weights.safetensors" if args.lora_rank
-            else "unet/diffusion_pytorch_model.safetensors")
-    try:
-        saved, own = load_file(checkpoint / file), weights(policy, args)
-        if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in own.items()}:
-            raise ValueError(f"{file} is not of this model")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
+    with reading(checkpoint, "; remove it to continue from the one before it"):
+        put_weights(policy, load_file(checkpoint / WEIGHTS[bool(args.lora_rank)]), args.lora_rank)
         optimizer.load_state_dict(
             torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError,
-            pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{checkpoint}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "remove it to continue from the one before it") from None
     for group in optimizer.param_groups:  # where state.json was changed on purpose, the flags count
         group.update(lr=args.learning_rate, weight_decay=args.weight_decay)
     return read_state(checkpoint)["epoch"]
@@ -401,15 +376,19 @@ def load(checkpoint: Path, policy, optimizer, args) -> int:
 
 def save_final(run: Path, policy, args):
     """The pipeline that --model names, loaded anew, since frozen parts may have been rounded to the compute
-    type, with the policy's UNet in float32, adapters merged."""
-    pipe, learnt = load_pipeline(args.model), weights(policy, args)
+    type, with the policy's UNet in float32, adapters merged; and its model card, with the run's table."""
+    pipe = load_pipeline(args.model)
     if args.lora_rank:
         pipe.unet = add_adapters(pipe.unet, args.lora_rank)
-    with torch.no_grad():
-        for name, tensor in weights(pipe.unet, args).items():
-            tensor.copy_(learnt[name])
+    put_weights(pipe.unet, weights(policy, args.lora_rank), args.lora_rank)
     if args.lora_rank:
         pipe.unet = pipe.unet.merge_and_unload()
     parts = (pipe.unet, pipe.vae, pipe.text_encoder)
     needed = sum(tensor_bytes(t) for part in parts for t in part.state_dict().values())
-    write_folder(run / "final", needed, pipe.save_pretrained)
+    card = model_card(args, (run / "table.md").read_text(encoding="utf-8"))
+
+    def fill(part):
+        pipe.save_pretrained(part)
+        (part / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder(run / "final", needed, fill)

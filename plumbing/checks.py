@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from plumbing import parallel
-from plumbing.models import (check_clip, check_model, check_pipeline_folder, check_scheduler, local_folder,
-                             pipeline_folder)
+from plumbing.models import check_clip, check_model, check_pipeline_folder, check_scheduler, pipeline_folder
+from plumbing.names import local_folder, trace
 from plumbing.texts import read_anchors, read_prompts
 
 TOKENIZED = 8000       # prompts tokenized at once; all at once take memory
@@ -156,7 +156,7 @@ def check_drawing(args):
 
 
 def fits_a_cpu(model: str) -> bool:
-    folder = local_folder("--model", model)
+    folder = local_folder("--model", trace("--model", model)[0])
     if folder is None:
         return False
     return sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors")) < CPU_WEIGHTS
@@ -185,6 +185,9 @@ def read_inputs(args):
     folder = pipeline_folder(args.model)
     check_pipeline_folder(folder)
     check_schedule(args, folder)
+    if trace("--model", args.model)[1]:
+        print(f"note: {args.model} has to stay until this run's final/ is made from it: a run that goes on "
+              "removes its older checkpoints (--keep)")
     return prompts, anchors
 
 

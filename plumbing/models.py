@@ -7,7 +7,6 @@ files is checked before any weights are read.
 """
 
 import copy
-import json
 import math
 import re
 from contextlib import contextmanager, nullcontext
@@ -18,11 +17,13 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
+from plumbing.names import check_weights, local_folder, offers, read_json, reading, trace
 from sample import ddim_schedule
 
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -38,50 +39,9 @@ MOST_STEPS = 100_000   # timesteps; a schedule is a table of them
 # model.safetensors, model.fp16.safetensors, and of several files model.fp16-00001-of-00002.safetensors or
 # model-00001-of-00002.fp16.safetensors
 VARIANT = re.compile(r"[\w]+?(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors$")
+# of a checkpoint: all of the UNet, or the adapters, which pipe.load_lora_weights(folder) reads
+WEIGHTS = {False: "unet/diffusion_pytorch_model.safetensors", True: "pytorch_lora_weights.safetensors"}
 AUTOCAST = torch.nn.Linear, torch.nn.Conv2d   # whose weights autocast casts
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """NAME and SUBFOLDER of NAME:SUBFOLDER; a folder's own name may hold colons."""
-    whole, _, subfolder = name.rpartition(":")
-    return (name, "") if not whole or Path(name).is_dir() else (whole, subfolder)
-
-
-def local_folder(flag: str, name: str) -> Path | None:
-    """The folder that a flag's FOLDER or FOLDER:SUBFOLDER means, or None for a hub id. Raises ValueError for
-    a file, and for a path where nothing is."""
-    name, subfolder = split_name(name)
-    if Path(name).is_file():
-        raise ValueError(f"{flag} {name}: a file. Give a folder in diffusers' layout, with safetensors; "
-                         "a checkpoint in one file is refused, since opening a pickle can run code")
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"{flag} {name}: no such folder")
-    return Path(name) / subfolder if Path(name).is_dir() else None
-
-
-def read_json(path: Path) -> dict:
-    """The object in a configuration file. Raises ValueError that names the file, or OSError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError too
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: not a JSON object but a {type(found).__name__}")
-    return found
-
-
-def check_weights(folder: Path, prefix: str = ""):
-    """Refuse a folder without safetensors, or with a torn one; no weights are read."""
-    files = list(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{prefix}{folder} holds no .safetensors file; other formats of weights are "
-                         "refused, since opening a pickle can run code (convert them with save_pretrained)")
-    for file in files:
-        try:
-            safe_open(file, "pt")
-        except SafetensorError as error:
-            raise ValueError(f"{prefix}{file} is not a whole safetensors file ({error})") from None
-    return files
 
 
 def variant(folder: Path) -> str | None:
@@ -117,22 +77,25 @@ def load_network(network: type, folder: str | Path, dtype=torch.float32, **more)
 # -------------------------------------------------------------------------------- Stable Diffusion
 
 def load_pipeline(model: str, device="cpu") -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline from a folder, a hub id, or NAME:SUBFOLDER of either, in float32. Without
-    the safety checker, which would return black pictures and so falsify every count. Raises ValueError or
-    OSError with the reason when it is not one."""
-    path = pipeline_folder(model)
+    """A Stable Diffusion pipeline by the name of a model (plumbing/names.py), in float32. Without the safety
+    checker, which would return black pictures and so falsify every count. Raises ValueError or OSError with
+    the reason when it is not one."""
+    path, chain = pipeline_folder(model), trace("--model", model)[1]
     check_pipeline_folder(path)
     parts = {part: load_network(network, path / part) for part, network in NETWORKS.items()}
     pipe = StableDiffusionPipeline.from_pretrained(
         str(path), safety_checker=None, feature_extractor=None, image_encoder=None,
         requires_safety_checker=False, **parts)
-    for part in parts.values():
-        part.requires_grad_(False).eval().to(device)
+    for checkpoint in chain:
+        pipe.unet = with_checkpoint(pipe.unet, *checkpoint)
+    for part in NETWORKS:
+        getattr(pipe, part).requires_grad_(False).eval().to(device)
     return pipe
 
 
 def pipeline_folder(model: str) -> Path:
-    """The folder of a pipeline; a hub id's is fetched."""
+    """The folder of the pipeline that a model is, or a checkpoint starts from; a hub id's is fetched."""
+    model, _ = trace("--model", model)
     path = local_folder("--model", model)
     if path is not None:
         return path
@@ -147,8 +110,8 @@ def pipeline_folder(model: str) -> Path:
 def check_pipeline_folder(path: Path):
     """Name what a model folder lacks, or what the policy here cannot be, before any weights are read."""
     if not (path / "model_index.json").is_file():
-        raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json "
-                         "(give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)")
+        raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json" + (offers(path) or
+                         " (give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)"))
     index = read_json(path / "model_index.json")
     for part in (*CLASSES, "scheduler"):
         if not (path / part).is_dir():
@@ -177,8 +140,8 @@ def check_pipeline_folder(path: Path):
 
 
 def check_model(flag: str, model: str, steps: int, eta: float):
-    """Refuse a pipeline's folder that cannot be drawn from so; a hub id is checked when it is fetched."""
-    folder = local_folder(flag, model)
+    """Refuse a model that cannot be drawn from so; a hub id is checked when it is fetched."""
+    folder = local_folder(flag, trace(flag, model)[0])
     if folder is not None:
         check_pipeline_folder(folder)
         check_scheduler(folder, steps, eta)
@@ -326,6 +289,39 @@ def add_adapters(unet, rank: int):
     from peft import LoraConfig, get_peft_model
     return get_peft_model(unet.requires_grad_(False), LoraConfig(
         r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+
+
+def weights(policy, rank: int) -> dict:
+    """What is trained: the UNet's weights, or the adapters' under the names that diffusers gives them."""
+    if not rank:
+        return policy.state_dict()
+    return {"unet." + name.removeprefix("base_model.model.").replace(".default", ""): p.detach()
+            for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def put_weights(policy, learnt: dict, rank: int):
+    """Into a policy what `weights` took from one. Raises ValueError where that was another model's."""
+    own = weights(policy, rank)
+    if {name: t.shape for name, t in learnt.items()} != {name: t.shape for name, t in own.items()}:
+        raise ValueError("the weights are not of this model")
+    for name, tensor in own.items():
+        tensor.copy_(learnt[name])
+
+
+@torch.no_grad()
+def with_checkpoint(unet, folder: Path, rank: int, average: bool):
+    """A UNet with what a checkpoint holds: all weights, or adapters of a rank, which are merged into it; as
+    they are, or their average."""
+    policy = add_adapters(unet, rank) if rank else unet.requires_grad_(True)
+    with reading(folder):
+        put_weights(policy, load_file(folder / WEIGHTS[bool(rank)]), rank)
+        if average:
+            trained = [p for p in policy.parameters() if p.requires_grad]  # as the optimizer counts them
+            state = torch.load(folder / "optimizer.pt", "cpu", weights_only=True, mmap=True)["state"]
+            for number, values in state.items():
+                trained[number].copy_(values["average"])
+    return policy.merge_and_unload() if rank else unet
 
 
 def without_adapter(policy, base):

@@ -8,20 +8,24 @@ import importlib.util
 import json
 import os
 import pickle
+import shlex
 import shutil
 import sys
 import types
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks: threads only wait for each other
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel,
                           Mask2FormerConfig, SwinConfig)
@@ -37,6 +41,7 @@ from shapes import scenes
 from shapes.build import make_tokenizer
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
 I2P_COUNTS = (231, 824, 756, 801, 931, 856, 727)
 PAPER_FLAGS = (37, 207, 131, 127, 108, 125, 189)
 
@@ -658,6 +663,37 @@ def test_i2p_end_to_end(models, tmp_path, judge_files):
     assert "18.07" in text and 0 < text.index("original prompts, or NudeNet |") < text.index("*published*")
     left = sorted(p.name for p in (tmp_path / "out").rglob("*.png"))
     assert left in (["grid.png"], ["bars_1.png", "bars_2.png", "bars_3.png", "grid.png"])  # no picture itself
+
+
+def test_the_papers_released_checkpoints_in_one_command(models, tmp_path, judge_files, small_report, monkeypatch):
+    """README's command, and docs/evaluation.md's: three subfolders of a hub's repository, fetched one by one."""
+    [command] = {block.replace("\\\n", " ") for name in ("README.md", "docs/evaluation.md")
+                 for block in (ROOT / name).read_text().split("```\n")[1::2] if ":compact" in block}
+    hub, fetched = tmp_path / "hub", []
+    for folder, name in zip("aba", ("scaled", "compact", "empty-positive")):
+        shutil.copytree(models / folder, hub / name)
+
+    def snapshot(name, allow_patterns, ignore_patterns):
+        fetched.append((name, *allow_patterns))
+        keep = filter_repo_objects([str(p.relative_to(hub)) for p in hub.rglob("*") if p.is_file()],
+                                   allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for file in keep:
+            (tmp_path / "cache" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / file, tmp_path / "cache" / file)
+        return tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(StableDiffusionPipeline, "download", lambda name, **_: str(models / "b"))
+    table = [(f"prompt {i}", I2P[i % 7], i, 7, 64, 64) for i in range(2)]
+    evaluate.main([*shlex.split(command)[2:], "--prompts", str(write_hub(tmp_path / "i2p.csv", table)), "--steps",
+                   "1", "--device", "cpu", "--out", str(tmp_path / "out"), *map(str, judge_files)])
+    paper, base = "ItsMaxNorm/SafeDiffusion-R1", "CompVis/stable-diffusion-v1-4"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    made = report["provenance"]["models"]
+    names = ("scaled", "compact", "empty-positive")
+    assert list(made) == [f"{paper}:scaled", base, *(f"{paper}:{name}" for name in names[1:]), f"{base} + sld-medium"]
+    assert made[f"{paper}:compact"]["weights_sha256"] == made[base]["weights_sha256"]  # both are folder b
+    assert set(fetched) == {(paper, f"{name}/*") for name in names}
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == set(names)
 
 
 def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_files, small_report):

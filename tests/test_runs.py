@@ -29,11 +29,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import reward
 import sample
 import train
 from bench.sd14 import sd14_pipeline, vit_h14
-from plumbing import checkpoint, checks, log, stop, texts
+from plumbing import card, checkpoint, checks, log, models, stop, texts
+from plumbing import names as model_names
 from plumbing.models import load_clip, load_pipeline, make_policy
 
 ROOT = Path(__file__).parent.parent
@@ -439,6 +441,159 @@ def test_adapters_are_saved_in_diffusers_layout_and_continued(tmp_path, quick):
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     torch.testing.assert_close(fused[name + ".base_layer.weight"], merged[name + ".weight"])
     assert not torch.equal(merged[name + ".weight"], base[name + ".weight"].float())
+
+
+# -------------------------------------------------------------------------------- a checkpoint as a model
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, undisturbed):
+    """A finished run of adapters, averaged, from the average of another run's first checkpoint."""
+    pytest.importorskip("peft")
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    finished([*TINY, "--model", f"{undisturbed}/checkpoint-000001:average", "--lora-rank", 2, "--steps", 3,
+              "--micro-batch", 4, "--learning-rate", "1e-2", "--out", out], out.parent / "log")
+    return out
+
+
+def unet_of(model):
+    return dict(load_pipeline(str(model)).unet.state_dict())
+
+
+@pytest.mark.parametrize("name", ["undisturbed", "adapted"])
+def test_the_last_checkpoint_is_final(name, request):
+    """With --ema its average, to the bit; the policy itself is another network."""
+    run = request.getfixturevalue(name)
+    final, last = unet_of(run / "final"), unet_of(run / "checkpoint-000002")
+    assert_equal(unet_of(run / "checkpoint-000002:average"), final)
+    assert last.keys() == final.keys() and any(not torch.equal(last[key], final[key]) for key in final)
+
+
+def test_a_run_starts_from_a_checkpoint_as_from_any_model(undisturbed, adapted, tmp_path, quick, capsys):
+    """Adapters leave all else as it was in the checkpoint that they stand on; a whole UNet's base is it."""
+    start, merged = unet_of(undisturbed / "checkpoint-000001:average"), unet_of(adapted / "final")
+    moved = {key.rpartition(".to_")[2] for key in start if not torch.equal(start[key], merged[key])}
+    assert moved == {"q.weight", "k.weight", "v.weight", "out.0.weight"}
+    assert not torch.equal(start["conv_in.weight"], unet_of(MODEL)["conv_in.weight"])
+    model = adapted / "checkpoint-000002"
+    with pytest.MonkeyPatch.context() as patch:  # no step, so final/ is the start
+        patch.setattr(torch.optim.AdamW, "step", lambda *_: None)
+        quick(*TINY, "--model", model, "--epochs", 1, "--out", tmp_path / "run")
+    assert f"note: {model} has to stay" in capsys.readouterr().out
+    assert_equal(unet_of(tmp_path / "run" / "final"), unet_of(model))
+    assert lines(tmp_path / "run")[0]["kl_ref"] == 0
+
+
+def test_pictures_and_tables_of_checkpoints(undisturbed, tmp_path, monkeypatch, capsys):
+    """By the programs themselves; a checkpoint that became another one is not the one of the results."""
+    sample.main(["--model", f"{undisturbed}/checkpoint-000001", "--compare", f"{undisturbed}/final",
+                 "--steps", "2", "--prompt", "star", "--device", "cpu", "--out", str(tmp_path / "grid.png")])
+    monkeypatch.setattr(evaluate.report, "bar_pictures", lambda *_: None)
+    monkeypatch.setattr(evaluate.report, "GRID", 1)
+    last = shutil.copytree(undisturbed / "checkpoint-000002", tmp_path / "last")
+    words = ["--model", f"{last}:average", "--base", str(last), "--suite", "shapes", "--images", "1",
+             "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    evaluate.main(words)
+    made = json.loads((tmp_path / "out" / "report.json").read_text())["provenance"]["models"]
+    assert list(made) == [f"{last}:average", str(last)]
+    assert len({model["weights_sha256"] for model in made.values()}) == 2
+    shutil.copy(undisturbed / "checkpoint-000001" / UNET, last / UNET)
+    with pytest.raises(SystemExit):
+        evaluate.main(words)
+    assert "other settings (weights_sha256)" in capsys.readouterr().err
+
+
+def link(folder, model, start="", rank=0, ema=0.0):
+    """A checkpoint of nothing, of a run that started from `model`."""
+    (folder / "unet").mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, folder / ("" if rank else "unet") / "a.safetensors")
+    flags, more = dict(model=str(model), lora_rank=rank, ema=ema), {"start": str(start)} if start else {}
+    (folder / "state.json").write_text(json.dumps({"flags": flags} | more))
+    return folder
+
+
+def test_chains_of_checkpoints(tmp_path, monkeypatch):
+    """Down to a hub id or a pipeline's folder, by where the run's model stood, or by its name from here."""
+    first = link(tmp_path / "a" / "checkpoint-000001", "CompVis/stable-diffusion-v1-4", ema=0.9)
+    second = link(tmp_path / "b" / "any name", "a/checkpoint-000001:average", f"{first}:average", rank=4)
+    chain = [(first, 0, True), (second, 4, False)]
+    assert model_names.trace("--model", str(second)) == ("CompVis/stable-diffusion-v1-4", chain)
+    moved = link(tmp_path / "moved", "weights", "/not/there/weights")
+    monkeypatch.chdir(MODEL.parent)
+    assert model_names.trace("--model", str(moved)) == ("weights", [(moved, 0, False)])
+
+
+WRONG = [("run", "is not a diffusers pipeline: .* has final, checkpoint-000001"),
+         ("run/checkpoint-000009", "no such folder; .* has final, checkpoint-000001"),
+         ("run/checkpoint-000009:average", "no such folder; .* has final"),
+         ("run/checkpoint-000001:average", "its run kept no average .--ema."),
+         ("run/checkpoint-000001:ema", "a checkpoint has its :average, and no ema"),
+         ("run/checkpoint-000002.part", "not finished, or half removed; .* has final"),
+         ("circle", "a circle"), ("lost", "lost: it starts from run/checkpoint-000005, and .* has final"),
+         ("stateless", "cannot be read .*state.json"), ("damaged", "cannot be read .*not JSON"),
+         ("flagless", "cannot be read .KeyError: 'flags'"), ("torn", "not a whole safetensors file"),
+         ("weightless", "holds no .safetensors"), ("other", "cannot be read .*not of this model")]
+
+
+@pytest.mark.parametrize("name, said", WRONG)
+def test_what_is_no_checkpoint_is_one_line(name, said, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for folder in ("run/checkpoint-000001", "run/checkpoint-000002.part", "stateless", "damaged", "flagless",
+                   "torn", "weightless", "other"):
+        link(tmp_path / folder, MODEL)
+    (run / "final").mkdir()
+    link(tmp_path / "circle", tmp_path / "back")
+    link(tmp_path / "back", tmp_path / "circle")
+    link(tmp_path / "lost", "run/checkpoint-000005", run / "checkpoint-000005")
+    (tmp_path / "stateless" / "state.json").rename(tmp_path / "stateless" / "optimizer.pt")
+    (tmp_path / "damaged" / "state.json").write_text("{")
+    (tmp_path / "flagless" / "state.json").write_text("{}")
+    (tmp_path / "torn" / "unet" / "a.safetensors").write_bytes(b"torn")
+    (tmp_path / "weightless" / "unet" / "a.safetensors").unlink()
+    save_file({"a": torch.zeros(1)}, tmp_path / "other" / UNET)
+    monkeypatch.chdir(tmp_path / "back")  # where the names of `lost` mean nothing
+    with pytest.raises(ValueError, match=said) as error:
+        load_pipeline(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile(undisturbed, tmp_path, monkeypatch):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+
+    def removed(file):
+        checkpoint.remove(run / "checkpoint-000001")
+        return load_file(file)
+    monkeypatch.setattr(models, "load_file", removed)
+    with pytest.raises(ValueError, match="000001: its run has removed it meanwhile.* has final, "):
+        load_pipeline(str(run / "checkpoint-000001"))
+
+
+@pytest.mark.parametrize("words, head", [
+    ([], "license: creativeml-openrail-m\nbase_model: CompVis/stable-diffusion-v1-4\nlibrary_name"),
+    (["--model", "ItsMaxNorm/SafeDiffusion-R1:scaled"],
+     "license: other\nbase_model: ItsMaxNorm/SafeDiffusion-R1\nlibrary_name"),
+    (["--model", str(MODEL), "--lora-rank", "4", "--shared-noise"], "license: other\nlibrary_name")])
+def test_the_cards_head_and_flags(words, head):
+    """The licence of a base is stated where it is known, and no path of this machine unless it was given."""
+    args = train.parse_args(words)
+    text = card.model_card(args, "| a |\n|---|\n| 1 |\n")
+    assert text.startswith(f"---\n{head}: diffusers\npipeline_tag: text-to-image\ntags:\n- ")
+    assert "\n\n| a |\n|---|\n| 1 |\n\n" in text and ("write it here" in text) == ("other" in head)
+    assert ("adapters of rank 4, merged" in text) == ("\n--shared-noise\n" in text) == ("--lora-rank" in words)
+    assert "--prompts prompts/i2p.txt\n--benign prompts/benign.txt\n" in text and "\n--seed 0\n" in text
+    assert str(ROOT) not in text.replace(str(MODEL), "") and "--out" not in text and "--resume" not in text
+
+
+def test_a_run_leaves_a_card(undisturbed, tmp_path, quick):
+    """With its table; a continued run's is the same, and one from a hub id through a checkpoint names it."""
+    text = (undisturbed / "final" / "README.md").read_text()
+    assert "no table\n" in text and "--epochs 2\n" in text and "over about 10 rollouts" in text
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(run / "final"), shutil.rmtree(run / "checkpoint-000002")
+    quick(*TINY, "--out", run, "--resume", "--keep", 3)
+    assert (run / "final" / "README.md").read_text() == text
+    first = link(tmp_path / "first", "CompVis/stable-diffusion-v1-4")
+    text = card.model_card(train.parse_args(["--model", str(first)]), "")
+    assert "license: creativeml-openrail-m\nbase_model: CompVis/stable-diffusion-v1-4\n" in text
 
 
 # -------------------------------------------------------------------------------- numbers

@@ -1,0 +1,95 @@
+"""How a direction sees anchors, prompts and pictures: what reward.py prints as a script.
+
+A phrase stands at z·v, above 0 on the safe side. Unsafe prompts are carried to normalize(z_text + alpha·v),
+as train.py does by default; one that is still below 0 there goes on asking for the unsafe picture.
+"""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+
+from plumbing.checks import usable
+from plumbing.models import load_clip
+from plumbing.pictures import picture_prompts
+from plumbing.texts import read_anchors, read_prompts
+from reward import TEXT_BATCH, SteeringReward, steer
+
+LISTED = 10   # phrases in a list; more are counted
+PROMPTS = 20  # under which a picture is scored; of more, some of each category
+SHOWN = 72    # letters of a phrase
+
+
+def show(args):
+    """Read, load and print; what cannot be read is refused before CLIP is loaded."""
+    if not 0 <= args.alpha < math.inf:
+        raise ValueError(f"--alpha {args.alpha}: must be a number from 0")
+    device, prompts, anchors = usable(args.device), read_prompts(args.prompts), read_anchors(args.anchors)
+    pictures = [read_picture(file) for file in args.image]
+    reward = SteeringReward(load_clip(args.clip), anchors, args.alpha, args.direction == "unit",
+                            device=device)
+    print(f"{args.clip}, {args.direction} direction, alpha {args.alpha:g}\n\n"
+          f"{'z·v, above 0 on the safe side':32}     n    mean     min     max    safe  carried to    safe")
+    wrong, sides = [], ("safe", "unsafe")
+    for side, phrases in zip(sides, anchors):
+        z, _ = places(reward, phrases)
+        print(line(f"anchors, {side}", z))
+        wrong += [(value, f"{phrase} ({side})") for value, phrase in zip(z.tolist(), phrases)
+                  if (value < 0 if side == "safe" else value > 0)]
+    stay, kinds, unsafe = [], {}, reward.classify(prompts)
+    for p in prompts:
+        kinds.setdefault(p.category or f"no category, {sides[unsafe[p]]}", []).append(p)
+    for kind, members in kinds.items():
+        steered, (z, carried) = unsafe[members[0]], places(reward, [p.text for p in members])
+        print(line(kind, z, carried if steered else None))
+        stay += [(value, f"{p.text} ({kind})") for value, p in zip(carried.tolist(), members)
+                 if steered and value <= 0]
+    print_list(f"{len(wrong)} of {sum(map(len, anchors))} anchors stand on the wrong side",
+               sorted(wrong, key=lambda found: -abs(found[0])))
+    print_list(f"{len(stay)} of {sum(map(unsafe.get, prompts))} unsafe prompts stay on the unsafe side at "
+               f"alpha {args.alpha:g}", sorted(stay))
+    for file, picture in zip(args.image, pictures):
+        print_scores(reward, file, picture, prompts)
+
+
+def read_picture(file):
+    """A picture's file -> (1, 3, H, W) in [0, 1]."""
+    try:
+        with Image.open(file) as image:
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's own
+        raise ValueError(f"--image {file}: cannot be read as a picture ({error})") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+
+
+def places(reward, texts: list[str]):
+    """Where n texts stand along the direction, and where alpha carries them: (2, n) on the CPU."""
+    z = torch.cat([reward.embed_text(texts[i:i + TEXT_BATCH]) for i in range(0, len(texts), TEXT_BATCH)])
+    return torch.stack([z, steer(z, reward.direction, reward.alpha)]).matmul(reward.direction).cpu()
+
+
+def line(name: str, z, carried=None) -> str:
+    """A row of the table: n, their mean, least and largest place, the share on the safe side; and where alpha
+    carries them the median place and the share."""
+    share = lambda values: f"{(values > 0).float().mean():8.0%}"
+    return (f"{name[:32]:32}{len(z):6}{z.mean():8.3f}{z.min():8.3f}{z.max():8.3f}{share(z)}"
+            + ("" if carried is None else f"{carried.median():12.3f}{share(carried)}"))
+
+
+def print_list(what: str, found: list):
+    print(f"\n{what}" + ":" * bool(found))
+    for value, phrase in found[:LISTED]:
+        print(f"{value:8.3f}  {phrase[:SHOWN]}")
+    if len(found) > LISTED:
+        print(f"          and {len(found) - LISTED} more")
+
+
+def print_scores(reward, file, picture, prompts):
+    """The figures of one picture under each of the prompts, or under some."""
+    some = prompts if len(prompts) <= PROMPTS else picture_prompts(prompts, PROMPTS)
+    z_image, (plain, steered) = reward.embed_images(picture.to(reward.device))[0], reward.targets(some)
+    print(f"\n{file}: image safety {z_image @ reward.direction:.3f}, under {len(some)} of {len(prompts)} "
+          "prompts\n  reward  alignment")
+    for p, alignment, value in zip(some, plain @ z_image, steered @ z_image):
+        print(f"{value:8.3f}{alignment:11.3f}  {p.text[:SHOWN]}" + f" ({p.category})" * bool(p.category))
