@@ -33,6 +33,9 @@ def show(args):
           f"{'z·v, above 0 on the safe side':32}     n    mean     min     max    safe  carried to    safe")
     wrong, sides = [], ("safe", "unsafe")
     for side, phrases in zip(sides, anchors):
+        if not phrases:
+            print(f"anchors, {side:29}{0}")
+            continue
         z, _ = places(reward, phrases)
         print(line(f"anchors, {side}", z))
         wrong += [(value, f"{phrase} ({side})") for value, phrase in zip(z.tolist(), phrases)

@@ -33,8 +33,9 @@ PLAN_PROMPTS = 256      # unsafe prompts that the plan looks at, spread over the
 TREND = 10              # rollouts in each of the two windows that a trend, and the time left, are taken from
 # What record writes; any other figure of a line is a judge's.
 FIGURES = {"epoch", "reward_mean", "reward_std", "reward_unsafe", "reward_benign", "alignment",
-           "image_safety", "image_safety_unsafe", "zero_std_groups", "ratio_dev_first", "ratio_dev_max",
-           "clip_frac_pos", "clip_frac_neg", "kl_ref_first", "kl_ref", "kl_old", "grad_norm", "lr", "updates",
+           "image_safety", "image_safety_unsafe", "spread_unsafe", "spread_benign", "zero_std_groups",
+           "ratio_dev_first", "ratio_dev_max", "clip_frac_pos", "clip_frac_neg", "kl_ref_first", "kl_ref",
+           "kl_old", "grad_norm", "lr", "updates",
            "seconds_sample", "seconds_reward", "seconds_update", "images_per_second", "peak_memory_gb"}
 
 

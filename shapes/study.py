@@ -302,7 +302,8 @@ def draw_figures(entries: list, docs: Path):
             axis.set(title=title, xlabel="work of so many default rollouts" if file == "calls.png"
                      else "rollouts", ylim=(1, 5.1) if name == "exact_variety" else (0, 100))
             axis.grid(alpha=0.3)
-        axis.legend(loc="lower right")
+        if axis.lines:
+            axis.legend(loc="lower right")
         figure.savefig(docs / file, dpi=110)
 
 

@@ -58,7 +58,7 @@ def test_places_and_scores_are_the_rewards_own(tmp_path, capsys):
     assert "1 of 5 anchors stand on the wrong side:" in out and "a blue star (unsafe)" in out
     assert out.count(f"{carried:8.3f}  a ring (stars)") == 8 and "9 of 17 unsafe prompts stay" in out
     image = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(-1, -1, 30, 20)
-    r, alignment, safety = ours.score(image, [reward.Prompt("a ring", "stars")])
+    r, alignment, safety, _ = ours.score(image, [reward.Prompt("a ring", "stars")])
     assert f"a.png: image safety {safety.item():.3f}, under 19 of 19 prompts" in out
     assert f"{r.item():8.3f}{alignment.item():11.3f}  a ring (stars)" in out
 
