@@ -38,7 +38,7 @@ PAPER = ("--alpha 0.5 --steer all --skip-last 1 --updates 16 --kl 0 --kl-benign 
 VARIANTS = {  # name: flags, and the work after which it is measured
     "default": ("", (12, 16, 60, 90)),
     "paper": (PAPER, (16, 60)),
-    "alpha-0": ("--alpha 0", (16, 60)),
+    "alpha-0": ("--alpha 0", (16,)),
     "alpha-0.25": ("--alpha 0.25", (16,)),
     "alpha-0.5": ("--alpha 0.5", (16,)),
     "alpha-2": ("--alpha 2", (16,)),
@@ -46,8 +46,8 @@ VARIANTS = {  # name: flags, and the work after which it is measured
     "steer-all": ("--steer all", (16,)),
     "compact": ("--anchors shapes/anchors_compact.txt", (16,)),
     "no-safe-anchors": ("--anchors shapes/anchors_negative.txt", (16,)),
-    "divisor-group": ("--divisor group", (16, 60)),
-    "one-kl": ("--kl-benign 0.04", (16, 60)),
+    "divisor-group": ("--divisor group", (16,)),
+    "one-kl": ("--kl-benign 0.04", (16,)),
     "world-1": (f"--model {WORLD} --clip {WORLD}/text_encoder", (60,))}
 BASES = {"base": os.path.relpath(WEIGHTS, ROOT), "base-world-1": WORLD}
 GUIDANCES = (2.75, 7.5)
@@ -56,7 +56,7 @@ SAMPLERS = {"DDIM, eta 1, 12 steps": "--sampler ddim --eta 1 --steps 12",
             "PNDM, 50 steps": "--sampler pndm --steps 50", "DPM++, 20 steps": "--sampler dpm++ --steps 20",
             "Euler, 20 steps": "--sampler euler --steps 20",
             "Euler ancestral, 20 steps": "--sampler euler-a --steps 20"}
-SAMPLED_AT = 60  # the work after which the default is drawn with them
+SAMPLED = {("base", 0, 0), ("default", 60, 0), ("default", 60, 1)}  # variant, work, seed drawn with them
 UNSAFE, ACCURACY = "Unsafe pictures, %", "Compositional accuracy, %"
 MEASURES = {  # name in study.json: a report's table and column
     "trained": (UNSAFE, "harm, trained on"), "held out": (UNSAFE, "harm, held out"),
@@ -93,7 +93,7 @@ def reports(variant: str, seed: int):
     flags, works = VARIANTS.get(variant, ("", (0,)))
     for work in works:
         yield work, rollouts(flags, work), None, ["--images", str(IMAGES)]
-        if (variant, work) in (("default", SAMPLED_AT), ("base", 0)):
+        if (variant, work, seed) in SAMPLED:
             for name, words in SAMPLERS.items():
                 for guidance in GUIDANCES:
                     yield work, rollouts(flags, work), [name, guidance], [
@@ -229,18 +229,18 @@ def by_sampler(entries: list) -> list[str]:
     short = lambda text: text.split(" [")[0]  # a base's interval would take the width of two columns
     return table(head, [[sampler, f"{guidance:g}",
                          *(short(shown(entries, name, *at, [sampler, guidance])) for name in names
-                           for at in (("base", 0), ("default", SAMPLED_AT)))]
+                           for at in (("base", 0), ("default", 60)))]
                         for sampler in SAMPLERS for guidance in GUIDANCES])
 
 
 def tables(entries: list) -> dict[str, list[str]]:
     """{marker: the lines of its table}."""
     columns = {"base": ("base", 0), "after 60 rollouts, the default": ("default", 60)}
-    control = {"control, alpha 0": ("alpha-0", 60)}
+    paper = {"the paper's choices, equal work": ("paper", 60)}
     label = lambda name: f"`{VARIANTS[name][0]}`"
     return {
-        "readme": by_measure(entries, columns | control, ROWS),
-        "main": by_measure(entries, columns | {"after 90": ("default", 90)} | control, ROWS | TASKS),
+        "readme": by_measure(entries, columns | paper, ROWS),
+        "main": by_measure(entries, columns | {"after 90": ("default", 90)} | paper, ROWS | TASKS),
         "samplers": by_sampler(entries),
         "work": by_variant(entries, [("the default", "default", 12), ("the default", "default", 16),
                                      ("the paper's choices", "paper", 16), ("the default", "default", 60),
@@ -248,8 +248,6 @@ def tables(entries: list) -> dict[str, list[str]]:
         "changes": by_variant(entries, [("base", "base", 0), ("the default", "default", 16),
                                         *((label(name), name, 16) for name in VARIANTS
                                           if name not in ("default", "paper", "world-1"))]),
-        "held": by_variant(entries, [("base", "base", 0), ("the default", "default", 60),
-                                     *((label(name), name, 60) for name in ("divisor-group", "one-kl"))]),
         "world": by_measure(entries, {"base, seed 0": ("base", 0), "after 60": ("default", 60),
                                       "base, seed 1": ("base-world-1", 0), "after 60 ": ("world-1", 60)}, ROWS)}
 
@@ -277,34 +275,27 @@ def smooth(values: list):
     return at[some], np.nanmean(windows[some], axis=1)
 
 
-def draw_figures(entries: list, docs: Path):
-    """curves.png: the default and the control by rollout. calls.png: the default and the paper's choices by
-    the UNet's work."""
+def draw_figure(entries: list, docs: Path):
+    """curves.png: the default and the paper's choices by the work of the UNet."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("note: no figures: drawing needs the package matplotlib: pip install matplotlib")
+        print("note: no figure: drawing needs the package matplotlib: pip install matplotlib")
         return
-    curves = [(e, e["curves"]) for e in entries if "curves" in e]
-    for file, lines in (("curves.png", {"default": ("tab:blue", "steering reward"),
-                                        "alpha-0": ("tab:gray", "plain CLIP reward (alpha 0)")}),
-                        ("calls.png", {"default": ("tab:blue", "the default"),
-                                       "paper": ("tab:orange", "the paper's choices")})):
-        figure = Figure(figsize=(12, 3.4), layout="constrained")
-        for axis, (name, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
-            for entry, values in curves:
-                if entry["variant"] in lines:
-                    color, label = lines[entry["variant"]]
-                    at, means = smooth(values[name])
-                    at = at * (entry["work"] / entry["rollouts"] if file == "calls.png" else 1)
-                    axis.plot(at, means * (1 if name == "exact_variety" else 100), color=color, alpha=0.8,
-                              label=None if entry["seed"] else label)
-            axis.set(title=title, xlabel="work of so many default rollouts" if file == "calls.png"
-                     else "rollouts", ylim=(1, 5.1) if name == "exact_variety" else (0, 100))
-            axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(loc="lower right")
-        figure.savefig(docs / file, dpi=110)
+    lines = {"default": ("tab:blue", "the default"), "paper": ("tab:orange", "the paper's choices")}
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
+        for entry in entries:
+            if "curves" in entry and entry["variant"] in lines:
+                color, label = lines[entry["variant"]]
+                at, means = smooth(entry["curves"][name])
+                axis.plot(at * entry["work"] / entry["rollouts"], means * (1 if "variety" in name else 100),
+                          color=color, alpha=0.8, label=None if entry["seed"] else label)
+        axis.set(title=title, xlabel="work, in default rollouts", ylim=(1, 5.1) if "variety" in name else (0, 100))
+        axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(loc="lower right")
+    figure.savefig(docs / "curves.png", dpi=110)
 
 
 # -------------------------------------------------------------------------------- the script
@@ -360,7 +351,7 @@ def main(argv=None):
                     done.result()
     entries = collect(args)
     write_tables(entries, [args.docs / "shapes.md", args.docs.parent / "README.md"])
-    draw_figures(entries, args.docs)
+    draw_figure(entries, args.docs)
     grid = args.out / "default" / "seed-0" / "run" / "pictures-000060.png"
     if grid.is_file():
         shutil.copy(grid, args.docs / "grid.png")
