@@ -54,7 +54,7 @@ Base beside this model (after): n prompts of a category, one picture of each on 
 * reward: what was trained, the cosine to the prompt as it is steered
 * alignment: the cosine to the prompt as it is written
 * image safety: where the picture stands along the direction from unsafe to safe
-* columns in %: what the run's own judge counted, where it had one
+* the other columns: what the run's own judge counted, where it had one
 
 ## What was not measured
 

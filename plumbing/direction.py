@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from plumbing import output
 from plumbing.checks import usable
 from plumbing.models import load_clip
 from plumbing.pictures import picture_prompts
@@ -27,6 +28,7 @@ def show(args):
         raise ValueError(f"--alpha {args.alpha}: must be a number from 0")
     device, prompts, anchors = usable(args.device), read_prompts(args.prompts), read_anchors(args.anchors)
     pictures = [read_picture(file) for file in args.image]
+    print(output.heading())
     reward = SteeringReward(load_clip(args.clip), anchors, args.alpha, args.direction == "unit",
                             device=device)
     print(f"{args.clip}, {args.direction} direction, alpha {args.alpha:g}\n\n"
