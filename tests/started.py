@@ -63,7 +63,7 @@ def logged(log, environment, target, args, more):
     """What a started process does: both outputs into a file, then target."""
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1), os.dup2(handle, 2)
-    os.environ.update(environment)
+    os.environ.update({name: str(value) for name, value in environment.items()})
     os.chdir(ROOT)
     torch.set_num_threads(1)
     target(*args, **more)
