@@ -26,7 +26,6 @@ TINY = ["--anchors", ROOT / "shapes" / "anchors.txt", "--prompts", ROOT / "shape
         "--benign=", "--alpha", 1, "--epochs", 2, "--prompts-per-rollout", 2, "--group", 2, "--steps", 4,
         "--guidance", 2.75, "--updates", 2, "--micro-batch", 2, "--clip-range", 5e-3, "--kl", 0.04,
         "--learning-rate", 3e-4, "--decay-epochs", 6, "--ema", 0.9, "--no-checkpointing", "--save-every", 1]
-os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def tiny(models, *argv) -> list[str]:

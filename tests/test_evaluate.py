@@ -14,8 +14,6 @@ import types
 from collections import Counter
 from itertools import islice
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks: threads only wait for each other
-
 import numpy as np
 import pytest
 import torch
@@ -32,7 +30,6 @@ from plumbing.models import load_pipeline
 from sample import ddim_schedule, encode_prompts, rollout
 from shapes import scenes
 
-torch.set_num_threads(1)
 I2P_COUNTS = (231, 824, 756, 801, 931, 856, 727)
 PAPER_FLAGS = (37, 207, 131, 127, 108, 125, 189)
 
