@@ -3,28 +3,24 @@
     pytest tests/test_bench.py
 """
 
+import itertools
+import json
+import math
 import os
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest
+import torch
 
-import itertools  # noqa: E402  (threads are counted when torch is imported)
-import json  # noqa: E402
-import math  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-from contextlib import contextmanager, nullcontext  # noqa: E402
-from pathlib import Path  # noqa: E402
+import shapes.train
+import train
+from bench import memory, sd14, speed
+from plumbing import checks
+from plumbing.models import load_clip, load_pipeline
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-import shapes.train  # noqa: E402
-import train  # noqa: E402
-from bench import memory, sd14, speed  # noqa: E402
-from plumbing import checks  # noqa: E402
-from plumbing.models import load_clip, load_pipeline  # noqa: E402
-
-torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device", "cpu", "--steps", "4", "--prompts-per-rollout", "2"]

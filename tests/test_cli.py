@@ -1,7 +1,6 @@
 """Tests of the real command lines, on the shapes world: two rollouts of training, then pictures."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +13,19 @@ from safetensors.torch import load_file
 import shapes.train
 import train
 
+pytestmark = pytest.mark.xdist_group("cli")  # which share one run
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "shapes" / "weights"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-# python -m shapes.train with 3 captions of each category in its last table; 24 take most of a run's time
-TRAIN = "-c", "from shapes import train; train.TABLE_CAPTIONS = 3; train.main()"
+# python -m shapes.train with one caption of each category in its last table; 24 take most of a run's time
+TRAIN = "-c", "from shapes import train; train.TABLE_CAPTIONS = 1; train.main()"
 
 
 def command(*words):
     """What `python words...` prints in the repository's folder. It has to succeed, and no library may say anything:
     off a terminal, where there are no bars, the programs here write on stdout alone."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          timeout=240)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     return done.stdout
 

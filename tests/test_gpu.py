@@ -2,7 +2,6 @@
 grows no faster than a user's files."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +15,6 @@ from plumbing import checks, log, models
 from shapes import WEIGHTS
 from shapes.train import FLAGS
 
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
 SMALL = [*FLAGS, "--device", "cpu", "--prompts-per-rollout", "2", "--group", "2", "--steps", "4",
          "--updates", "2", "--micro-batch", "4", "--sample-batch", "4"]
 

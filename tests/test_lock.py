@@ -5,28 +5,21 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from started import ROOT, TIMES, quick_main, quick_script, start, tiny, wait_for
 
-from plumbing import lock, pictures, stop
+from plumbing import lock
 
-ROOT = Path(__file__).parent.parent
-TINY = ["--model", "shapes/weights", "--clip", "shapes/weights/text_encoder", "--anchors", "shapes/anchors.txt",
-        "--prompts", "shapes/prompts.txt", "--benign=", "--epochs", "3", "--prompts-per-rollout", "2",
-        "--group", "2", "--steps", "4", "--updates", "1", "--micro-batch", "4", "--sample-batch", "4",
-        "--save-every", "1", "--keep", "9"]
-TIMES = {"seconds_sample", "seconds_reward", "seconds_update", "images_per_second", "peak_memory_gb"}
+FLAGS = ["--epochs", 3, "--updates", 1, "--micro-batch", 4, "--sample-batch", 4, "--keep", 9]
 HOLD = "from pathlib import Path; from plumbing import lock; import sys, time; lock.hold(Path(sys.argv[1])); "
-os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def holder(folder, then="print('held', flush=True); time.sleep(60)"):
@@ -72,53 +65,35 @@ def test_a_lock_that_another_holds_is_refused(refusal, tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------- pairs of runs
 
-def run(argv, log):
-    """train.main in a process of its own, without the pictures and the table, which are most of its time."""
-    import train
-    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(handle, 1), os.dup2(handle, 2)
-    os.chdir(ROOT)
-    torch.set_num_threads(1)
-    pictures.draw_grid, pictures.score_table = lambda *_: None, lambda *_: ["no table"]
-    stop.run_script("train.py", lambda: train.main([*TINY, *argv]))
-
-
-def start(argv, log):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "train"])
-    process = context.Process(target=run, args=(list(map(str, argv)), str(log)))
-    with pytest.MonkeyPatch.context() as patch:  # the fork server finds modules by this alone
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
-        process.start()
-    return process
-
-
 def figures(folder):
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES}
             for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(models, tmp_path_factory):
     """An undisturbed run."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    alone = start(["--out", out], out.parent / "log")
-    alone.join()
-    assert alone.exitcode == 0, (out.parent / "log").read_text()
+    quick_main(tiny(models, *FLAGS, "--out", out))
     return out
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("second", [[], ["--resume"], ["--overwrite"]], ids=["same", "resume", "overwrite"])
-def test_of_two_runs_on_one_folder_one_wins(second, whole, tmp_path):
+def test_of_two_runs_on_one_folder_one_wins(second, models, whole, tmp_path):
+    """They start at almost the same time; the winner does not end before the loser."""
     draw = random.Random(len(second))
     weights = load_file(whole / "final/unet/diffusion_pytorch_model.safetensors")
     for pair in range(int(os.environ.get("PAIRS", 2)) if not second else 1):
-        out, logs = tmp_path / f"{pair}", [tmp_path / f"{pair}-{i}.log" for i in range(2)]
-        one = start(["--out", out], logs[0])
+        out, logs, ended = (tmp_path / f"{pair}", [tmp_path / f"{pair}-{i}.log" for i in range(2)],
+                            tmp_path / f"{pair}-ended")
+        one = start(logs[0], quick_script, tiny(models, *FLAGS, "--out", out), until=ended)
         while second and not (out / "flags.json").exists():  # so that there is something to continue or replace
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.5))
-        two = start([*second, "--out", out], logs[1])
+        two = start(logs[1], quick_script, tiny(models, *FLAGS, *second, "--out", out), until=ended)
+        wait_for(lambda: False, lambda: one.is_alive() and two.is_alive())
+        ended.touch()
         one.join(), two.join()
         told = [log.read_text() for log in logs]
         assert sorted((one.exitcode, two.exitcode)) == [0, 1], told

@@ -8,7 +8,6 @@ The runs share a module's fixtures; one core needs about 40 s.
 import copy
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import signal
@@ -23,59 +22,44 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
+from started import ROOT, TIMES, nothing_drawn, start, tiny, wait_for
 
 import evaluate
 import sample
 import shapes.train
 import train
-from plumbing import checkpoint, parallel, pictures, stop
+from evaluation import report
+from plumbing import checkpoint, parallel, stop
 
-HERE = Path(__file__).parent.parent
 RATE = 1e-4
 # 8 pictures, 24 transitions, 2 updates; float32 rounds one picture's batch of 1 or 2 unlike one of 8
-TINY = ["--epochs", "3", "--prompts-per-rollout", "4", "--group", "2", "--steps", "5", "--updates", "2",
+FLAGS = ["--epochs", "3", "--prompts-per-rollout", "4", "--group", "2", "--steps", "5", "--updates", "2",
         "--micro-batch", "8", "--sample-batch", "8", "--unsafe-fraction", "0.5", "--save-every", "1",
         "--keep", "4", "--decay-epochs", "0", "--learning-rate", str(RATE)]
-TIMES = {"seconds_sample", "seconds_reward", "seconds_update", "images_per_second", "peak_memory_gb"}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-torch.set_num_threads(1)  # to the bit means with as many threads, here and in the processes that are started
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE / "tests"), os.environ.get("PYTHONPATH", "")])
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 # -------------------------------------------------------------------------------- starting processes
 
-def worker(rank, W, port, log, target, *args):
-    """One of W processes: torchrun's environment, its own log, then target(rank, *args)."""
-    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(handle, 1), os.dup2(handle, 2)
-    torch.set_num_threads(1)
-    if W > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(W), LOCAL_WORLD_SIZE=str(W),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-    target(rank, *args)
-
-
 class Started:
-    """W processes that are running, or have ended."""
+    """W processes that are running, or have ended: target(rank, *args) under torchrun's environment."""
 
     def __init__(self, W, log, target, *args):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_parallel"])  # found by PYTHONPATH: it looks nowhere else
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        torchrun = dict(WORLD_SIZE=W, LOCAL_WORLD_SIZE=W, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                        TORCHELASTIC_RUN_ID="test")
         self.logs = [Path(f"{log}.{rank}") for rank in range(W)]
-        self.processes = [context.Process(target=worker, args=(rank, W, port, self.logs[rank], target, *args))
-                          for rank in range(W)]
-        for process in self.processes:
-            process.start()
+        self.processes = [
+            start(self.logs[rank], target, rank, *args,
+                  environment={**torchrun, "RANK": rank, "LOCAL_RANK": rank} if W > 1 else {})
+            for rank in range(W)]
 
-    def until(self, fine, seconds=120):
-        end = time.monotonic() + seconds
-        while not fine():
-            assert time.monotonic() < end and all(p.is_alive() for p in self.processes), self.said()
-            time.sleep(0.002)
+    def until(self, fine):
+        wait_for(fine, lambda: all(process.is_alive() for process in self.processes))
+        assert fine(), self.said()
 
     def codes(self, seconds=120):
         """Exit codes; none of the processes may hang."""
@@ -93,7 +77,6 @@ class Started:
 
 def run(rank, argv, fault=None):
     """shapes.train without what is drawn and saved at its end. fault: (rank, call of loss_on, what)."""
-    pictures.draw_grid, pictures.score_table = lambda *_: None, lambda *_: ["no table"]
     checkpoint.save_final = lambda *_: None
     loss_on, calls = train.loss_on, []
 
@@ -107,11 +90,12 @@ def run(rank, argv, fault=None):
         return loss, log_rho, stats
 
     train.loss_on = faulty
-    stop.run_script("shapes.train", lambda: shapes.train.main([*TINY, *map(str, argv)]))
+    with nothing_drawn():
+        stop.run_script("shapes.train", lambda: shapes.train.main(argv))
 
 
-def finished(W, out, *argv):
-    started = Started(W, f"{out}.log", run, ["--out", out, *argv])
+def finished(W, models, out, *argv):
+    started = Started(W, f"{out}.log", run, tiny(models, *FLAGS, "--out", out, *argv))
     assert started.codes() == [0] * W, started.said()
     return out
 
@@ -122,13 +106,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
-    return finished(1, folder / "w1")
+def alone(models, folder):
+    return finished(1, models, folder / "w1")
 
 
 @pytest.fixture(scope="module")
-def two(folder):
-    return finished(2, folder / "w2")
+def two(models, folder):
+    return finished(2, models, folder / "w2")
 
 
 def lines(out):
@@ -208,13 +192,13 @@ def test_the_gradient_of_several_processes_is_that_of_one(folder):
 
 
 @pytest.mark.parametrize("W", [2, 4])
-def test_the_number_of_processes_changes_a_run_by_rounding_alone(W, alone, two, folder):
+def test_the_number_of_processes_changes_a_run_by_rounding_alone(W, models, alone, two, folder):
     """Cosines, whose scale is 1, to 1e-5, and so their means and spreads; what an update reports, which is
     differences of nearly equal numbers (the KL to the last policy, the clipped share), to 1e-4 of itself.
 
     Adam makes of a gradient that would be 0 but for rounding (a bias before a norm) steps of up to the rate,
     so a weight may be off by the rate times the steps, and hardly any is."""
-    several = two if W == 2 else finished(W, folder / f"w{W}")
+    several = two if W == 2 else finished(W, models, folder / f"w{W}")
     cosines = {"reward_mean", "reward_std", "reward_unsafe", "reward_benign", "alignment", "image_safety",
                "image_safety_unsafe"}
     for one, other in zip(lines(alone), lines(several), strict=True):
@@ -222,31 +206,32 @@ def test_the_number_of_processes_changes_a_run_by_rounding_alone(W, alone, two, 
         for name in one.keys() - {"ratio_dev_first"}:
             bound = dict(rel=1e-5, abs=1e-5) if name in cosines else dict(rel=1e-4)
             assert other[name] == pytest.approx(one[name], **bound), (one["epoch"], name)
-    a, b, start = (load_file(path / WEIGHTS) for path in (newest(alone), newest(several), shapes.WEIGHTS))
+    a, b, start = (load_file(path / WEIGHTS) for path in (newest(alone), newest(several), models / "a"))
     apart, moved = (torch.cat([(x[name] - a[name]).flatten() for name in a]) for x in (b, start))
     assert apart.abs().max() <= RATE * 6 and apart.norm() < 1e-3 * moved.norm()
     assert (apart.abs() > 0.01 * RATE).float().mean() < 1e-3
 
 
-def test_killed_and_continued_to_the_bit(two, folder):
+def test_killed_and_continued_to_the_bit(models, two, folder):
     """SIGKILL of process 1: process 0 ends with a message; the continued run is the undisturbed one of as
     many processes, to the bit."""
     out = folder / "killed"
-    started = Started(2, folder / "killed.log", run, ["--out", out])
+    started = Started(2, folder / "killed.log", run, tiny(models, *FLAGS, "--out", out))
     started.until(lambda: (out / "checkpoint-000001").exists())
     started.processes[1].kill()
     assert started.codes() == [1, -signal.SIGKILL], started.said()
     assert "has lost another one" in started.said(0) and "--resume" in started.said(0)
     assert len(checkpoint.checkpoints(out)) < 3
-    finished(2, out, "--resume")
+    finished(2, models, out, "--resume")
     assert same_bits(out, two) and lines(out) == lines(two)
 
 
-def test_one_may_continue_what_two_began_and_back(alone, folder):
+def test_one_may_continue_what_two_began_and_back(models, alone, folder):
     """SIGTERM to process 1: both end at the same step, with one checkpoint, which does not depend on how many
     processes wrote it."""
     out = folder / "asked"
-    started = Started(2, folder / "asked.log", run, ["--out", out, "--save-every", "100"])
+    argv = tiny(models, *FLAGS, "--out", out, "--save-every", 100)
+    started = Started(2, folder / "asked.log", run, argv)
     started.until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text())
     os.kill(started.processes[1].pid, signal.SIGTERM)
     assert started.codes() == [143, 143], started.said()
@@ -254,8 +239,7 @@ def test_one_may_continue_what_two_began_and_back(alone, folder):
     assert checkpoint.read_state(saved)["epoch"] == len(lines(out))
     assert f"stopped, in {saved}; to continue:" in started.said(0)
     for W, before in ((1, 2), (2, 1)):
-        again = Started(W, folder / f"again{W}.log", run, ["--out", out, "--save-every", "100", "--resume",
-                                                           "--epochs", 3 + W])
+        again = Started(W, folder / f"again{W}.log", run, [*argv, "--resume", "--epochs", str(3 + W)])
         assert again.codes() == [0] * W, again.said()
         assert f"{before} processes wrote it, and there are {W} now; equal up to rounding" in again.said(0)
     assert lines(out)[2]["reward_mean"] == pytest.approx(lines(alone)[2]["reward_mean"], abs=1e-5)
@@ -265,10 +249,11 @@ def test_one_may_continue_what_two_began_and_back(alone, folder):
 
 @pytest.mark.parametrize("what, words", [
     ("nan", "the loss is not finite: epoch 1, prompt"), ("error", "process 1: KeyError: 'broken'")])
-def test_a_failure_on_one_ends_all_with_a_checkpoint(what, words, folder):
+def test_a_failure_on_one_ends_all_with_a_checkpoint(what, words, models, folder):
     """It is told once, by process 0, with the checkpoint and the command; the state before it is in there."""
     out = folder / what
-    started = Started(2, folder / f"{what}.log", run, ["--out", out, "--save-every", "100"], (1, 4, what))
+    argv = tiny(models, *FLAGS, "--out", out, "--save-every", 100)
+    started = Started(2, folder / f"{what}.log", run, argv, (1, 4, what))
     assert started.codes() == [1, 1], started.said()
     assert words in started.said(0) and words not in started.said(1)
     [saved] = checkpoint.checkpoints(out)
@@ -308,11 +293,12 @@ def test_weights_that_come_apart_stop_the_run(folder):
 # -------------------------------------------------------------------------------- evaluation, torchrun itself
 
 def judge_pictures(rank, argv):
+    report.bar_pictures, report.GRID = lambda *_: None, 3
     evaluate.main(argv)
 
 
-def test_an_evaluation_by_three_reports_what_one_does(folder):
-    argv = ["--model", "shapes/weights", "--suite", "shapes", "--images", "4", "--steps", "1", "--batch", "4"]
+def test_an_evaluation_by_three_reports_what_one_does(models, folder):
+    argv = ["--model", str(models / "a"), "--suite", "shapes", "--images", "4", "--steps", "1", "--batch", "4"]
     outs = [folder / "evaluated1", folder / "evaluated3"]
     for out, W in zip(outs, (1, 3)):
         started = Started(W, f"{out}.log", judge_pictures, [*argv, "--out", str(out)])
@@ -320,7 +306,7 @@ def test_an_evaluation_by_three_reports_what_one_does(folder):
     ours, theirs = ((out / "report.json").read_bytes() for out in outs)
     assert ours == theirs
     # stopped, with a part of the results in another process's file
-    path = outs[0] / "shapes-weights" / "rows.jsonl"
+    path = outs[0] / evaluate.slug(str(models / "a")) / "rows.jsonl"
     head, *results = path.read_text().splitlines(keepends=True)
     path.write_text(head + "".join(results[:3]))
     path.with_name("rows-2.jsonl").write_text(head + "".join(results[2:9]) + results[9][:7])
@@ -332,13 +318,14 @@ def test_an_evaluation_by_three_reports_what_one_does(folder):
 
 
 @pytest.mark.skipif("TORCHRUN" not in os.environ, reason="each process imports all anew, 40 s: TORCHRUN=1")
-def test_torchrun_itself(tmp_path):
+def test_torchrun_itself(models, tmp_path):
     """SIGTERM to torchrun ends all processes with one checkpoint; the command printed continues the run."""
     out = tmp_path / "a run; $(not a command)"
     torchrun = str(Path(sys.executable).with_name("torchrun"))
-    argv = [torchrun, "--nproc_per_node=2", "-m", "shapes.train", *TINY, "--epochs", "100000", "--save-every",
-            "100000", "--picture-every", "100000", "--out", str(out)]
-    process = subprocess.Popen(argv, cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    argv = [torchrun, "--nproc_per_node=2", "-m", "shapes.train",
+            *tiny(models, *FLAGS, "--epochs", 100000, "--save-every", 100000, "--picture-every", 100000,
+                  "--out", out)]
+    process = subprocess.Popen(argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     end = time.monotonic() + 120
     while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
         assert process.poll() is None and time.monotonic() < end
@@ -351,5 +338,5 @@ def test_torchrun_itself(tmp_path):
     assert shlex.split(command) == [*argv, "--resume"]
     epoch = checkpoint.read_state(saved)["epoch"]
     again = [*shlex.split(command), "--epochs", str(epoch + 1)]
-    subprocess.run(again, cwd=HERE, check=True, capture_output=True)
+    subprocess.run(again, cwd=ROOT, check=True, capture_output=True)
     assert len(lines(out)) == epoch + 1

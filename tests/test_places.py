@@ -7,20 +7,20 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from started import quick_script, start, tiny
 
 import evaluate
 import sample
-import train
 from evaluation import judges, results
 from plumbing import checkpoint, log, models, names, output, pictures, stop
 from reward import Prompt
@@ -78,17 +78,10 @@ def test_two_models_of_one_slug_are_two(tmp_path):
 
 # -------------------------------------------------------------------------------- a run that is replaced
 
-TINY = ["--model", WEIGHTS, "--clip", WEIGHTS / "text_encoder", "--anchors", WEIGHTS.parent / "anchors.txt",
-        "--prompts", WEIGHTS.parent / "prompts.txt", "--benign=", "--epochs", 1, "--prompts-per-rollout", 2, "--group", 2,
-        "--steps", 4, "--updates", 1, "--micro-batch", 4, "--sample-batch", 4, "--save-every", 1, "--device", "cpu"]
-
-
 @pytest.fixture
-def run(monkeypatch):
-    """train.main in this process, without the pictures and the table at the end."""
-    monkeypatch.setattr(pictures, "draw_grid", lambda *_: None)
-    monkeypatch.setattr(pictures, "score_table", lambda *_: ["no table"])
-    return lambda *argv: train.main([*map(str, TINY), *map(str, argv)])
+def run(quick):
+    """A run of one epoch in this process."""
+    return lambda *argv: quick("--epochs", 1, "--updates", 1, "--micro-batch", 4, "--sample-batch", 4, *argv)
 
 
 def old_run(out: Path) -> dict:
@@ -237,19 +230,24 @@ def test_an_output_of_few_letters_shows_codes(encoding):
     assert b"\\u66b4" in raw.getvalue()
 
 
-SCRIPT = ("import sys, train; from plumbing import pictures, stop; pictures.draw_grid = lambda *_: None; "
-          "pictures.score_table = lambda *_: ['нет']; stop.run_script('train.py', lambda: train.main(sys.argv[1:]))")
+def on_an_ascii_pipe(pipe, argv):
+    handle = os.open(pipe, os.O_WRONLY)
+    os.dup2(handle, 1), os.dup2(handle, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", encoding="ascii", buffering=1)
+    quick_script(argv)
 
 
-def test_a_pipe_that_is_closed_and_letters_it_lacks_do_not_end_a_run(tmp_path):
-    """`python train.py ... 2>&1 | head -1`, on an ASCII output, with a Cyrillic category; and in a log file one line
-    for each rollout, no bars."""
+@pytest.mark.xdist_group("processes")
+def test_a_pipe_that_is_closed_and_letters_it_lacks_do_not_end_a_run(models, tmp_path):
+    """As `train.py ... 2>&1 | head -1`, on an ASCII output, with a Cyrillic category."""
     (tmp_path / "prompts.txt").write_text("[насилие]\na red star\n[benign]\na blue star\n", encoding="utf-8")
-    words = [*map(str, TINY), "--prompts", tmp_path / "prompts.txt", "--epochs", 2, "--out", tmp_path / "run"]
-    done = subprocess.run(f"{shlex.join([sys.executable, '-c', SCRIPT, *map(str, words)])} 2>&1 | head -1", shell=True,
-                          cwd=WEIGHTS.parent.parent, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
-    assert done.stdout.count("\n") == 1 and not done.stderr
+    os.mkfifo(tmp_path / "pipe")
+    argv = tiny(models, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "run")
+    process = start(tmp_path / "log", on_an_ascii_pipe, str(tmp_path / "pipe"), argv)
+    with open(tmp_path / "pipe", encoding="ascii") as head:
+        assert head.readline().startswith("model ")
+    process.join()
+    assert process.exitcode == 0 and not (tmp_path / "log").read_text()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "run" / "final" / "model_index.json").exists()
 
@@ -289,11 +287,17 @@ def test_sample_makes_the_folder_of_its_picture(tmp_path, capsys):
         assert grid.width < 700
 
 
-@pytest.mark.parametrize("reason, said, code", [(KeyboardInterrupt(), "x.py: stopped", 130), (ValueError("bad"), "x.py: bad", 1)])
-def test_a_script_ends_in_one_line(reason, said, code):
-    done = subprocess.run([sys.executable, "-c", f"from plumbing import stop\ndef main(): raise {reason!r}\nstop.run_script('x.py', main)"],
-                          cwd=WEIGHTS.parent.parent, capture_output=True, text=True)
-    assert done.returncode == code and done.stderr == said + "\n" and not done.stdout
+def script(reason):
+    stop.run_script("x.py", Mock(side_effect=reason))
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("reason, said, code", [
+    (KeyboardInterrupt(), "x.py: stopped", 130), (ValueError("bad"), "x.py: bad", 1)])
+def test_a_script_ends_in_one_line(reason, said, code, tmp_path):
+    process = start(tmp_path / "log", script, reason)
+    process.join()
+    assert process.exitcode == code and (tmp_path / "log").read_text() == said + "\n"
 
 
 def test_a_version_is_the_commit_and_says_where_files_differ(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ downloads.
 import errno
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -28,6 +27,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from started import ROOT, TIMES, finished, quick_main, quick_script, start, tiny, wait_for
 
 import evaluate
 import reward
@@ -38,53 +38,10 @@ from plumbing import card, checkpoint, checks, log, models, stop, texts
 from plumbing import names as model_names
 from plumbing.models import load_clip, load_pipeline, make_policy
 
-ROOT = Path(__file__).parent.parent
 SHAPES = ROOT / "shapes"
 MODEL = SHAPES / "weights"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-# 4 pictures in one batch, 8 transitions, 2 updates; no benign prompts but those of the one file
-TINY = ["--model", str(MODEL), "--clip", str(MODEL / "text_encoder"),
-        "--anchors", str(SHAPES / "anchors.txt"), "--prompts", str(SHAPES / "prompts.txt"), "--benign", "",
-        "--alpha", "1", "--epochs", "2", "--prompts-per-rollout", "2", "--group", "2", "--steps", "4",
-        "--guidance", "2.75", "--updates", "2", "--micro-batch", "2", "--clip-range", "5e-3", "--kl", "0.04",
-        "--learning-rate", "3e-4", "--decay-epochs", "6", "--ema", "0.9", "--no-checkpointing",
-        "--save-every", "1"]
-TIMES = {"seconds_sample", "seconds_reward", "seconds_update", "images_per_second", "peak_memory_gb"}
 KILLS = int(os.environ.get("KILLS", 3))
-torch.set_num_threads(1)  # to the bit means with as many threads, here and in the processes that are started
-os.environ["OMP_NUM_THREADS"] = "1"
-
-
-def quick_main(argv, log=None, slow_disk=False):
-    """train.main without the pictures and the table at the end, which are most of a tiny run's time."""
-    if log:
-        handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(handle, 1), os.dup2(handle, 2)
-    torch.set_num_threads(1)
-    train.pictures.draw_grid, train.pictures.score_table = lambda *_: None, lambda *_: ["no table"]
-    if slow_disk:
-        checkpoint.save = lambda *_: time.sleep(60)
-    train.main([str(word) for word in argv])
-
-
-def start(argv, log, **more):
-    """quick_main in a process of its own. It starts in well under a second: the fork server has imported it
-    all, this module too, which it finds by PYTHONPATH alone."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=quick_main, args=([*map(str, argv)], str(log)), kwargs=more)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        process.start()
-    return process
-
-
-def wait_for(fine, alive, seconds=300):
-    """Until fine() holds, or a process is no longer alive()."""
-    end = time.monotonic() + seconds
-    while not fine() and alive():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.0005)
 
 
 def has_logged(run):
@@ -92,27 +49,11 @@ def has_logged(run):
     return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0
 
 
-def finished(argv, log):
-    """quick_main in a process of its own, to its good end."""
-    process = start(argv, log)
-    process.join()
-    assert process.exitcode == 0, log.read_text()
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """train.main in this process, without the pictures and the table at the end."""
-    monkeypatch.setattr(train.pictures, "draw_grid", lambda *_: None)
-    monkeypatch.setattr(train.pictures, "score_table", lambda *_: ["no table"])
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    return lambda *argv: train.main([str(word) for word in argv])
-
-
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(models, tmp_path_factory):
     """A finished run of two epochs, to be compared with, or copied and continued."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    finished([*TINY, "--out", out, "--keep", 3], out.parent / "log")
+    quick_main(tiny(models, "--out", out, "--keep", 3))
     return out
 
 
@@ -147,18 +88,19 @@ def assert_same_checkpoint(a, b):
 
 # -------------------------------------------------------------------------------- kills and signals
 
-def test_killed_at_any_moment_and_continued_to_the_bit(tmp_path):
+@pytest.mark.xdist_group("processes")
+def test_killed_at_any_moment_and_continued_to_the_bit(models, tmp_path):
     """SIGKILL while loading, in an epoch, and while a checkpoint is written: nothing differs at the end."""
     rng, struck, torn, epochs = random.Random(0), [], 0, 3 * KILLS + 4
-    argv = [*TINY, "--epochs", epochs, "--save-every", 2, "--steps", 2, "--skip-last", 1, "--micro-batch", 4]
+    argv = ["--epochs", epochs, "--save-every", 2, "--steps", 2, "--skip-last", 1, "--micro-batch", 4]
     whole, run, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
-    finished([*argv, "--out", whole], log)
+    quick_main(tiny(models, *argv, "--out", whole))
     times = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     epoch_seconds = sum(line["seconds_sample"] + line["seconds_update"] for line in times) / epochs
     newest = lambda: max([int(path.name[-6:]) for path in checkpoint.checkpoints(run)], default=0)
     for n in range(KILLS):
         moment, done = "checkpoint" if not torn else ("checkpoint", "epoch", "loading")[n % 3], newest()
-        process = start([*argv, "--out", run, *["--resume"][:run.exists()]], log)
+        process = start(log, quick_script, tiny(models, *argv, "--out", run, *["--resume"][:run.exists()]))
         if moment == "loading":
             time.sleep(rng.uniform(0, 1))
         else:  # at least one checkpoint further, so that every continued run is killed somewhere else
@@ -175,7 +117,7 @@ def test_killed_at_any_moment_and_continued_to_the_bit(tmp_path):
         left = [path.name for path in run.glob("checkpoint-??????.part")] if moment != "loading" else []
         torn += bool(left)
         struck.append(f"{n + 1}: {moment}, newest checkpoint {newest()}{', torn ' + left[0] if left else ''}")
-    finished([*argv, "--out", run, *["--resume"][:run.exists()]], log)
+    finished(log, quick_script, tiny(models, *argv, "--out", run, *["--resume"][:run.exists()]))
     print("", *struck, f"{KILLS} kills, {torn} of them inside a checkpoint", sep="\n")
     assert torn >= 1
     assert names(run) == names(whole)
@@ -186,11 +128,11 @@ def test_killed_at_any_moment_and_continued_to_the_bit(tmp_path):
     assert not list(run.glob("*.part"))
 
 
-def test_sigterm_on_the_real_command_line(tmp_path):
+def test_sigterm_on_the_real_command_line(models, tmp_path):
     """The current update ends, a checkpoint is written, and the last line continues the run when pasted."""
     out = tmp_path / "a run; $(not a command)"
-    argv = [*TINY, "--epochs", "100000", "--save-every", "100000", "--out", out]
-    process = subprocess.Popen([sys.executable, "train.py", *map(str, argv)], cwd=ROOT, text=True,
+    argv = tiny(models, "--epochs", 100000, "--save-every", 100000, "--out", out)
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(lambda: has_logged(out), lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
@@ -201,8 +143,14 @@ def test_sigterm_on_the_real_command_line(tmp_path):
     assert checkpoint.read_state(saved)["epoch"] == len(lines(out))  # the update that was running is in both
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
-    process = start([*TINY, "--epochs", 100000, "--out", tmp_path / "run"], tmp_path / "log", slow_disk=True)
+def on_a_slow_disk(argv):
+    checkpoint.save = lambda *_: time.sleep(60)
+    quick_script(argv)
+
+
+@pytest.mark.xdist_group("processes")
+def test_a_second_signal_stops_at_once(models, tmp_path):
+    process = start(tmp_path / "log", on_a_slow_disk, tiny(models, "--epochs", 100000, "--out", tmp_path / "run"))
     wait_for(lambda: has_logged(tmp_path / "run"), process.is_alive)
     os.kill(process.pid, signal.SIGINT)
     wait_for(lambda: "once more stops at once" in (tmp_path / "log").read_text(), process.is_alive)
@@ -224,11 +172,11 @@ def test_interrupted_while_sampling(tmp_path, quick, monkeypatch, capsys, undist
 
     monkeypatch.setattr(reward.SteeringReward, "score", interrupted)
     with pytest.raises(SystemExit) as ended:
-        quick(*TINY, "--save-every", 50, "--out", tmp_path / "run")
+        quick("--save-every", 50, "--out", tmp_path / "run")
     assert ended.value.code == 130
     assert capsys.readouterr().out.strip().splitlines()[-1].endswith("--resume")
     assert_same_checkpoint(tmp_path / "run" / "checkpoint-000001", undisturbed / "checkpoint-000001")
-    quick(*TINY, "--out", tmp_path / "run", "--resume")
+    quick("--out", tmp_path / "run", "--resume")
     assert_same_checkpoint(tmp_path / "run" / "checkpoint-000002", undisturbed / "checkpoint-000002")
     assert lines(tmp_path / "run") == lines(undisturbed)
 
@@ -242,7 +190,7 @@ def test_the_resume_command_of_a_module(monkeypatch):
 
 def test_a_prompts_target_does_not_depend_on_the_others():
     """A resumed run meets them in another order; a batch of another make-up would differ in the last bit."""
-    prompts = texts.read_prompts([SHAPES / "prompts.txt"])
+    prompts = texts.read_prompts([SHAPES / "prompts.txt"])[::4]
     clip, anchors = load_clip(str(MODEL / "text_encoder")), texts.read_anchors(SHAPES / "anchors.txt")
     at_once, one_by_one = (reward.SteeringReward(clip, anchors) for _ in range(2))
     alone = [torch.cat(one_by_one.targets([p])) for p in reversed(prompts)][::-1]
@@ -260,7 +208,7 @@ def test_log_is_cut_back_and_never_doubled(tmp_path):
 
 def test_a_run_may_go_on_for_longer_than_it_was_started_for(tmp_path, quick, undisturbed, capsys):
     run = shutil.copytree(undisturbed, tmp_path / "run")
-    quick(*TINY, "--out", run, "--resume", "--epochs", 3, "--keep", 1)
+    quick("--out", run, "--resume", "--epochs", 3, "--keep", 1)
     assert [line["epoch"] for line in lines(run)] == [0, 1, 2] and lines(run)[:2] == lines(undisturbed)
     assert names(run) == ["checkpoint-000003"]
     assert "2 epochs done" in capsys.readouterr().out
@@ -295,12 +243,12 @@ CHANGED = [(["--learning-rate", "1e-3"], "--learning-rate: was 0.0003, is 0.001"
 def test_other_flags_are_named(argv, said, undisturbed, quick, monkeypatch):
     monkeypatch.setattr(train, "load_clip", None)  # refused before the first model is loaded
     with pytest.raises(ValueError, match="change the result") as error:
-        quick(*TINY, "--out", undisturbed, "--resume", *argv)
+        quick("--out", undisturbed, "--resume", *argv)
     assert said in str(error.value) and len(str(error.value).splitlines()) == 3
 
 
-def test_flags_that_round_differently_are_said_and_allowed(undisturbed, capsys):
-    args = train.parse_args([*TINY, "--micro-batch", "4", "--out", str(undisturbed), "--resume"])
+def test_flags_that_round_differently_are_said_and_allowed(models, undisturbed, capsys):
+    args = train.parse_args(tiny(models, "--micro-batch", 4, "--out", undisturbed, "--resume"))
     checks.choose_device(args)
     checkpoint.compare_flags(undisturbed / "checkpoint-000002", args)
     assert "--micro-batch: was 2, is 4" in capsys.readouterr().out
@@ -328,7 +276,7 @@ def test_damaged_state_is_named(tmp_path, damage):
 # -------------------------------------------------------------------------------- checkpoints
 
 @pytest.fixture
-def small(tmp_path):
+def small(models, tmp_path):
     """A UNet of 30,000 weights, an optimizer that has stepped, flags; save(epoch) and load(epoch)."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -338,7 +286,7 @@ def small(tmp_path):
     optimizer = torch.optim.AdamW(unet.parameters())
     unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 8)).sample.sum().backward()
     optimizer.step()
-    args = train.parse_args([*TINY, "--out", str(tmp_path / "run")])
+    args = train.parse_args(tiny(models, "--out", tmp_path / "run"))
     checks.choose_device(args)
     run, given = tmp_path / "run", (unet, optimizer, args)
     run.mkdir()
@@ -421,9 +369,9 @@ def test_disk_that_is_really_full(small, share):
         subprocess.run(["umount", "--lazy", small.run], check=True)  # the traceback may hold a file
 
 
-def test_adapters_are_saved_in_diffusers_layout_and_continued(tmp_path, quick):
+def test_adapters_are_saved_in_diffusers_layout_and_continued(models, tmp_path, quick):
     pytest.importorskip("peft")
-    lora = [*TINY, "--lora-rank", 2, "--learning-rate", "1e-2", "--ema", 0, "--steps", 3, "--micro-batch", 4]
+    lora = ["--lora-rank", 2, "--learning-rate", "1e-2", "--ema", 0, "--steps", 3, "--micro-batch", 4]
     quick(*lora, "--out", tmp_path / "whole")
     quick(*lora, "--out", tmp_path / "run", "--epochs", 1)
     quick(*lora, "--out", tmp_path / "run", "--resume")
@@ -431,11 +379,11 @@ def test_adapters_are_saved_in_diffusers_layout_and_continued(tmp_path, quick):
     saved = load_file(tmp_path / "run" / file)
     assert_equal(saved, load_file(tmp_path / "whole" / file))
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
-    pipe = load_pipeline(str(MODEL))
+    pipe = load_pipeline(str(models / "a"))
     pipe.load_lora_weights(str(tmp_path / "run" / "checkpoint-000002"),
                            weight_name="pytorch_lora_weights.safetensors")
     assert sum("lora_" in name for name, _ in pipe.unet.named_parameters()) == len(saved)
-    merged, base = (load_file(folder / UNET) for folder in (tmp_path / "run" / "final", MODEL))
+    merged, base = (load_file(folder / UNET) for folder in (tmp_path / "run" / "final", models / "a"))
     pipe.fuse_lora()
     fused = dict(pipe.unet.named_parameters())
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -629,26 +577,26 @@ def test_not_finite_in_the_unets_output(tmp_path, quick, monkeypatch, undisturbe
 
     monkeypatch.setattr(sample, "predict_noise", poisoned)
     with pytest.raises(ValueError) as error:
-        quick(*TINY, "--save-every", 50, "--out", tmp_path / "run")
+        quick("--save-every", 50, "--out", tmp_path / "run")
     first, *_, last = str(error.value).splitlines()
     assert first.startswith("the latent is not finite: epoch 1, prompt '")
     assert first.endswith("image 1, transition 2") and last.endswith("--resume")
     assert_same_checkpoint(tmp_path / "run" / "checkpoint-000001", undisturbed / "checkpoint-000001")
 
 
-def test_not_finite_in_the_reward(tmp_path, quick, monkeypatch):
+def test_not_finite_in_the_reward(models, tmp_path, quick, monkeypatch):
     score = reward.SteeringReward.score
     monkeypatch.setattr(reward.SteeringReward, "score", lambda self, *given: tuple(
         values.index_fill(0, torch.tensor([3]), math.inf) for values in score(self, *given)))
     with pytest.raises(ValueError, match=r"the reward is not finite: epoch 0, prompt '.*', "
                                          r"image 1, the finished picture"):
-        quick(*TINY, "--out", tmp_path / "run")
+        quick("--out", tmp_path / "run")
     base = load_file(tmp_path / "run" / "checkpoint-000000" / UNET)
-    assert_equal(base, dict(load_pipeline(str(MODEL)).unet.state_dict()))
+    assert_equal(base, dict(load_pipeline(str(models / "a")).unet.state_dict()))
 
 
 @pytest.mark.parametrize("update", [0, 1])
-def test_not_finite_in_a_gradient(tmp_path, quick, monkeypatch, update):
+def test_not_finite_in_a_gradient(models, tmp_path, quick, monkeypatch, update):
     """In the first update nothing is learnt yet; after it, what is kept is what the first update left."""
     original, calls = train.make_policy, []
 
@@ -660,13 +608,13 @@ def test_not_finite_in_a_gradient(tmp_path, quick, monkeypatch, update):
 
     monkeypatch.setattr(train, "make_policy", poisoned)
     with pytest.raises(ValueError) as error:
-        quick(*TINY, "--out", tmp_path / "run")
+        quick("--out", tmp_path / "run")
     first = str(error.value).splitlines()[0]
     assert first.startswith("the gradient of conv_in.weight is not finite: epoch 0, prompt '")
     assert first.count("image ") == 4 and first.count("transition ") == 4  # the four pairs of its share
     kept = tmp_path / "run" / "checkpoint-000000"
     assert checkpoint.read_state(kept)["stopped"] == first
-    weights, base = load_file(kept / UNET), load_pipeline(str(MODEL)).unet.state_dict()
+    weights, base = load_file(kept / UNET), load_pipeline(str(models / "a")).unet.state_dict()
     assert all(t.isfinite().all() for t in weights.values())
     assert torch.equal(weights["conv_out.weight"], base["conv_out.weight"]) == (update == 0)
 
@@ -675,7 +623,7 @@ def test_not_finite_in_the_loss_names_one_transition(tmp_path, quick, monkeypatc
     monkeypatch.setattr(train, "log_prob",
                         lambda x, mu, s: sample.log_prob(x, mu, s) + torch.tensor([0.0, math.nan]))
     with pytest.raises(ValueError) as error:
-        quick(*TINY, "--out", tmp_path / "run")
+        quick("--out", tmp_path / "run")
     first = str(error.value).splitlines()[0]
     assert first.startswith("the loss is not finite: epoch 0") and first.count("transition ") == 1
 
@@ -693,7 +641,7 @@ def test_a_full_gpu_ends_in_one_line_that_names_what_to_lower(tmp_path, quick, m
                                   "capacity of 23.64 GiB of which 1.12 GiB is free. See documentation.")
     monkeypatch.setattr(train, "update", Mock(side_effect=full))
     with pytest.raises(SystemExit) as ended:
-        stop.run_script("train.py", lambda: quick(*TINY, "--out", tmp_path / "run"))
+        stop.run_script("train.py", lambda: quick("--out", tmp_path / "run"))
     said = ended.value.code
     assert said.startswith("train.py: ") and "\n" not in said and "CUDA out of memory" in said
     assert all(flag in said for flag in ("--micro-batch", "--sample-batch", "--lora-rank", "--resume"))
@@ -760,7 +708,7 @@ def test_a_malicious_pickle_never_runs(tmp_path, quick, undisturbed):
                         (lambda: (newest / UNET).write_bytes(bomb), "SafetensorError")):
         plant()
         with pytest.raises(ValueError, match=f"cannot be read .*{kind}"):
-            quick(*TINY, "--out", run, "--resume", "--epochs", 3)
+            quick("--out", run, "--resume", "--epochs", 3)
     beside = model_copy(tmp_path / "beside")
     for part, name in (("unet", "diffusion_pytorch_model.bin"), ("vae", "diffusion_pytorch_model.bin"),
                        ("text_encoder", "pytorch_model.bin"), ("text_encoder", "model.pt")):
@@ -780,7 +728,7 @@ def test_prompt_text_is_only_text(tmp_path, quick, capsys):
     """Nothing in it is run, opened, formatted or made a file name of; too long a one is cut and named."""
     nasty = ["../../etc/passwd; rm -rf ~ $(touch owned) `touch owned` {0} {args.out} %s %n", "a star " * 40]
     (tmp_path / "prompts.txt").write_text("\n".join(["[violence]", *nasty]))
-    quick(*TINY, "--epochs", 1, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "run")
+    quick("--epochs", 1, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "run")
     said = capsys.readouterr().out
     assert "no benign prompts: what holds utility is the KL to the base (--kl 0.04)" in said
     assert all(words in said for words in ("2 of 2 prompts are longer than CLIP's 16 tokens",
@@ -880,7 +828,7 @@ def test_bad_input_is_refused_before_loading(words, said, bad, tmp_path, quick, 
         monkeypatch.setattr(train, "load_pipeline", None)
     start = time.perf_counter()
     with pytest.raises((ValueError, OSError, SystemExit)) as error:
-        quick(*TINY, "--device", "cpu", "--out", tmp_path / "run", *words.replace("{}", str(bad)).split())
+        quick("--device", "cpu", "--out", tmp_path / "run", *words.replace("{}", str(bad)).split())
     assert time.perf_counter() - start < 10
     message = (capsys.readouterr().err.strip().splitlines()[-1] if error.type is SystemExit
                else str(error.value))
@@ -888,10 +836,10 @@ def test_bad_input_is_refused_before_loading(words, said, bad, tmp_path, quick, 
     assert not (tmp_path / "run" / "flags.json").exists() and not (bad / "it ran").exists()
 
 
-def test_benign_prompts_are_a_default():
+def test_benign_prompts_are_a_default(models):
     """Besides those of --prompts; a file that stands there already is read once, however it is written."""
     benign, shapes = ROOT / "prompts" / "benign.txt", SHAPES / "prompts.txt"
-    read = lambda *words: checks.read_inputs(train.parse_args([*TINY, *map(str, words)]))[0]
+    read = lambda *words: checks.read_inputs(train.parse_args(tiny(models, *words)))[0]
     without, with_it = read(), read("--benign", benign)
     assert with_it == without + texts.read_prompts([benign]) and len(without) == 240
     again = benign.parent / ".." / "prompts" / "benign.txt"
@@ -900,7 +848,7 @@ def test_benign_prompts_are_a_default():
     assert checks.prompt_files(default) == [str(ROOT / "prompts" / "i2p.txt"), str(benign)]
 
 
-def test_no_gpu_for_a_full_size_model(monkeypatch, tmp_path):
+def test_no_gpu_for_a_full_size_model(models, monkeypatch, tmp_path):
     """A hub id, or a folder with 3.4 GB of weights; a small folder is welcome, and so is who asks for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "unet").mkdir()
@@ -910,12 +858,12 @@ def test_no_gpu_for_a_full_size_model(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match="no GPU found.*\n.*shapes.train.*\n.*--device cpu"):
             checks.choose_device(train.parse_args(model))
         assert checks.choose_device(train.parse_args([*model, "--device", "cpu"])).type == "cpu"
-    args = train.parse_args(TINY)
+    args = train.parse_args(tiny(models))
     assert checks.choose_device(args).type == "cpu" and (args.device, args.precision) == ("cpu", "float32")
 
 
-def test_bf16_on_a_card_that_has_none(monkeypatch):
-    args = train.parse_args([*TINY, "--device", "cuda", "--precision", "bf16"])
+def test_bf16_on_a_card_that_has_none(models, monkeypatch):
+    args = train.parse_args(tiny(models, "--device", "cuda", "--precision", "bf16"))
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **k: zeros(*a, **k))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -929,9 +877,10 @@ def test_bf16_on_a_card_that_has_none(monkeypatch):
     assert args.precision == "float32"
 
 
-def test_the_scripts_last_lines_refuse_in_one_line(tmp_path, monkeypatch):
+def test_the_scripts_last_lines_refuse_in_one_line(models, tmp_path, monkeypatch):
     for words, said in (("--prompts none.txt", "[Errno 2] No such"), ("--group 1", "--group 1: must be")):
-        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--out", str(tmp_path / "run"), *words.split()])
+        argv = tiny(models, "--out", tmp_path / "run", *words.split())
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         assert ended.value.code.startswith("train.py: " + said)

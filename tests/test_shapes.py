@@ -17,8 +17,6 @@ from shapes import pixels, scenes
 from shapes.scenes import Found
 from shapes.train import FLAGS, HERE, judge, main
 
-torch.set_num_threads(1)  # tiny networks gain nothing from a second, and round differently
-
 
 @pytest.fixture(scope="module")
 def clip():

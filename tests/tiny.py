@@ -25,10 +25,11 @@ def scheduler(prediction_type="epsilon", spacing="leading"):
                          timestep_spacing=spacing)
 
 
-def tiny_unet(seed=0):
+def tiny_unet(seed=0, width=12):
+    """width: of the text that it reads."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=12,
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=width,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4).eval()
 
@@ -56,6 +57,34 @@ def tiny_pipe():
     text = CLIPTextModel(CLIPTextConfig(**TEXT))
     return StableDiffusionPipeline(vae.eval(), text.eval(), tokenizer(), unet, scheduler(), None, None,
                                    requires_safety_checker=False)
+
+
+def save_models(root):
+    """Pipelines in root/a and root/b, epsilon and v-prediction, and a CLIP in root/clip: random networks that
+    read the shapes world's captions and draw pictures of its size."""
+    from shapes.build import make_tokenizer
+    tokenizer = make_tokenizer()
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    for seed, (name, kind) in enumerate((("a", "epsilon"), ("b", "v_prediction"))):
+        unet = tiny_unet(seed, width=32)
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                                            num_hidden_layers=2, num_attention_heads=2,
+                                            max_position_embeddings=16, **ends))
+        for key, value in unet.named_parameters():  # random weights hardly listen to the text: make them
+            value.data *= 20 if "attn2.to_v" in key else 1
+        vae = AutoencoderKL(block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+                            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=4,
+                            norm_num_groups=4, sample_size=64)
+        made = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler(kind), None, None,
+                                       requires_safety_checker=False)
+        made.save_pretrained(root / name)
+    tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=16, **ends)
+    vision = dict(tower, image_size=32, patch_size=16)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=768))
+    clip.save_pretrained(root / "clip")
+    tokenizer.save_pretrained(root / "clip")
+    return root
 
 
 def args_for(**changes):

@@ -1,0 +1,26 @@
+"""What several files of tests share: tiny models in folders, and train.py in this process."""
+
+import os
+import sys
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch, which pytest's own process need not import
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Two tiny random pipelines on the shapes world's captions, epsilon and v-prediction, in folders a and b,
+    and a CLIP in the folder clip."""
+    from tiny import save_models
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def quick(models, monkeypatch):
+    """train.main in this process, on the flags of started.tiny, without the pictures and the table at its
+    end."""
+    from started import nothing_drawn, tiny, train
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with nothing_drawn():
+        yield lambda *argv: train.main(tiny(models, *argv))
