@@ -394,12 +394,12 @@ def test_adapters_are_saved_in_diffusers_layout_and_continued(models, tmp_path, 
 # -------------------------------------------------------------------------------- a checkpoint as a model
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory, undisturbed):
+def adapted(models, tmp_path_factory, undisturbed):
     """A finished run of adapters, averaged, from the average of another run's first checkpoint."""
     pytest.importorskip("peft")
     out = tmp_path_factory.mktemp("adapted") / "run"
-    finished([*TINY, "--model", f"{undisturbed}/checkpoint-000001:average", "--lora-rank", 2, "--steps", 3,
-              "--micro-batch", 4, "--learning-rate", "1e-2", "--out", out], out.parent / "log")
+    quick_main(tiny(models, "--model", f"{undisturbed}/checkpoint-000001:average", "--lora-rank", 2, "--steps", 3,
+                    "--micro-batch", 4, "--learning-rate", "1e-2", "--out", out))
     return out
 
 
@@ -416,16 +416,16 @@ def test_the_last_checkpoint_is_final(name, request):
     assert last.keys() == final.keys() and any(not torch.equal(last[key], final[key]) for key in final)
 
 
-def test_a_run_starts_from_a_checkpoint_as_from_any_model(undisturbed, adapted, tmp_path, quick, capsys):
+def test_a_run_starts_from_a_checkpoint_as_from_any_model(models, undisturbed, adapted, tmp_path, quick, capsys):
     """Adapters leave all else as it was in the checkpoint that they stand on; a whole UNet's base is it."""
     start, merged = unet_of(undisturbed / "checkpoint-000001:average"), unet_of(adapted / "final")
     moved = {key.rpartition(".to_")[2] for key in start if not torch.equal(start[key], merged[key])}
     assert moved == {"q.weight", "k.weight", "v.weight", "out.0.weight"}
-    assert not torch.equal(start["conv_in.weight"], unet_of(MODEL)["conv_in.weight"])
+    assert not torch.equal(start["conv_in.weight"], unet_of(models / "a")["conv_in.weight"])
     model = adapted / "checkpoint-000002"
     with pytest.MonkeyPatch.context() as patch:  # no step, so final/ is the start
         patch.setattr(torch.optim.AdamW, "step", lambda *_: None)
-        quick(*TINY, "--model", model, "--epochs", 1, "--out", tmp_path / "run")
+        quick("--model", model, "--epochs", 1, "--out", tmp_path / "run")
     assert f"note: {model} has to stay" in capsys.readouterr().out
     assert_equal(unet_of(tmp_path / "run" / "final"), unet_of(model))
     assert lines(tmp_path / "run")[0]["kl_ref"] == 0
@@ -537,7 +537,7 @@ def test_a_run_leaves_a_card(undisturbed, tmp_path, quick):
     assert "no table\n" in text and "--epochs 2\n" in text and "over about 10 rollouts" in text
     run = shutil.copytree(undisturbed, tmp_path / "run")
     shutil.rmtree(run / "final"), shutil.rmtree(run / "checkpoint-000002")
-    quick(*TINY, "--out", run, "--resume", "--keep", 3)
+    quick("--out", run, "--resume", "--keep", 3)
     assert (run / "final" / "README.md").read_text() == text
     first = link(tmp_path / "first", "CompVis/stable-diffusion-v1-4")
     text = card.model_card(train.parse_args(["--model", str(first)]), "")
