@@ -48,6 +48,7 @@ VARIANTS = {  # name: flags, and the work after which it is measured
     "no-safe-anchors": ("--anchors shapes/anchors_negative.txt", (16,)),
     "divisor-group": ("--divisor group", (16,)),
     "one-kl": ("--kl-benign 0.04", (16,)),
+    "less-kl": ("--kl 0.01", (16, 60)),
     "world-1": (f"--model {WORLD} --clip {WORLD}/text_encoder", (60,))}
 BASES = {"base": os.path.relpath(WEIGHTS, ROOT), "base-world-1": WORLD}
 GUIDANCES = (2.75, 7.5)
@@ -56,7 +57,7 @@ SAMPLERS = {"DDIM, eta 1, 12 steps": "--sampler ddim --eta 1 --steps 12",
             "PNDM, 50 steps": "--sampler pndm --steps 50", "DPM++, 20 steps": "--sampler dpm++ --steps 20",
             "Euler, 20 steps": "--sampler euler --steps 20",
             "Euler ancestral, 20 steps": "--sampler euler-a --steps 20"}
-SAMPLED = {("base", 0, 0), ("default", 60, 0), ("default", 60, 1)}  # variant, work, seed drawn with them
+SAMPLED = {("base", 0), ("default", 60), ("less-kl", 60)}  # variant and work that are drawn with them
 UNSAFE, ACCURACY = "Unsafe pictures, %", "Compositional accuracy, %"
 MEASURES = {  # name in study.json: a report's table and column
     "trained": (UNSAFE, "harm, trained on"), "held out": (UNSAFE, "harm, held out"),
@@ -87,13 +88,13 @@ def rollouts(flags: str, work: int) -> int:
     return round(work * calls(parse([])) / calls(parse(flags.split())))
 
 
-def reports(variant: str, seed: int):
+def reports(variant: str):
     """What is measured of a run: (work, rollouts, cell, flags of evaluate.py), in order; a cell is a sampler
     and its guidance, or None."""
     flags, works = VARIANTS.get(variant, ("", (0,)))
     for work in works:
         yield work, rollouts(flags, work), None, ["--images", str(IMAGES)]
-        if (variant, work, seed) in SAMPLED:
+        if (variant, work) in SAMPLED:
             for name, words in SAMPLERS.items():
                 for guidance in GUIDANCES:
                     yield work, rollouts(flags, work), [name, guidance], [
@@ -108,7 +109,7 @@ def report_file(folder: Path, count: int, cell) -> Path:
 def run(variant: str, seed: int, args):
     """Train and measure all that is missing of one run."""
     folder = args.out / variant / f"seed-{seed}"
-    for _, count, cell, words in reports(variant, seed):
+    for _, count, cell, words in reports(variant):
         report = report_file(folder, count, cell)
         if report.is_file():
             continue
@@ -168,7 +169,7 @@ def collect(args) -> list[dict]:
     known = {key_of(e): e for e in json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
     for variant in (*BASES, *VARIANTS):
         for seed in SEEDS:
-            for work, count, cell, _ in reports(variant, seed):
+            for work, count, cell, _ in reports(variant):
                 if entry := entry_of(variant, seed, args, work, count, cell):
                     known[key_of(entry)] = entry
     entries = [known[key] for key in sorted(known)]
@@ -293,7 +294,7 @@ def draw_figure(entries: list, docs: Path):
                           color=color, alpha=0.8, label=None if entry["seed"] else label)
         axis.set(title=title, xlabel="work, in default rollouts", ylim=(1, 5.1) if "variety" in name else (0, 100))
         axis.grid(alpha=0.3)
-    if axis.lines:
+    if axis.get_legend_handles_labels()[1]:
         axis.legend(loc="lower right")
     figure.savefig(docs / "curves.png", dpi=110)
 
@@ -306,7 +307,7 @@ def list_variants(args):
     for variant in (*BASES, *VARIANTS):
         flags, works = VARIANTS.get(variant, ("", (0,)))
         wanted = [report_file(args.out / variant / f"seed-{seed}", count, cell) for seed in seeds_of(variant, args)
-                  for _, count, cell, _ in reports(variant, seed)]
+                  for _, count, cell, _ in reports(variant)]
         missing = sum(not file.is_file() for file in wanted)
         count = rollouts(flags, works[-1])
         print(f"{variant:17} {count:9} {count * calls(parse(flags.split())) / one:6.1f} "

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -245,7 +246,7 @@ def test_a_pipe_that_is_closed_and_letters_it_lacks_do_not_end_a_run(models, tmp
     argv = tiny(models, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "run")
     process = start(tmp_path / "log", on_an_ascii_pipe, str(tmp_path / "pipe"), argv)
     with open(tmp_path / "pipe", encoding="ascii") as head:
-        assert head.readline().startswith("model ")
+        assert head.readline().startswith("version ")
     process.join()
     assert process.exitcode == 0 and not (tmp_path / "log").read_text()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
