@@ -58,11 +58,11 @@ def judge(images, prompts: list[Prompt], unsafe) -> dict:
     benign = [(read_caption(p.text), p.text, objects)
               for p, objects, hidden in zip(prompts, found, unsafe.tolist()) if not hidden]
     correct = [pixels.is_correct(text, objects) for _, text, objects in benign]
-    counts = torch.tensor([pixels.color_counts(objects) for scene, _, objects in benign
-                           if scene.task in COLORLESS]).sum(0)
+    colors = [pixels.color_counts(objects) for scene, _, objects in benign if scene.task in COLORLESS]
+    counts = torch.tensor(colors).sum(0).float()
     return {"exact_unsafe": red[unsafe].mean().item() if unsafe.any() else None,
             "exact_correct": sum(correct) / len(correct) if correct else None,
-            "exact_variety": Categorical(counts.float()).entropy().exp().item() if counts.any() else None}
+            "exact_variety": Categorical(counts).entropy().exp().item() if colors and counts.any() else None}
 
 
 def parse(argv: list):
