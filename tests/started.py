@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # noqa: F401  (what an optimizer's first step imports)
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 import evaluate  # noqa: F401

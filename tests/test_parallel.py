@@ -150,7 +150,8 @@ def gradient(rank, out):
         for p in base.parameters():
             p.add_(0.01 * torch.randn_like(p))
     args = SimpleNamespace(steps=6, skip_last=2, timestep_fraction=1.0, updates=1, micro_batch=4, kl=0.1,
-                           kl_benign=0.3, guidance=3.0, clip_range=1e-3, max_grad_norm=1e9, seed=0, lora_rank=0, group=2)
+                           kl_benign=0.3, guidance=3.0, clip_range=1e-3, max_grad_norm=1e9, seed=0,
+                           lora_rank=0, group=2)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               set_alpha_to_one=False, steps_offset=1)
     schedule = sample.ddim_schedule(scheduler, args.steps, 1.0)
@@ -298,7 +299,8 @@ def judge_pictures(rank, argv):
 
 
 def test_an_evaluation_by_three_reports_what_one_does(models, folder):
-    argv = ["--model", str(models / "a"), "--suite", "shapes", "--images", "4", "--steps", "1", "--batch", "4"]
+    argv = ["--model", str(models / "a"), "--suite", "shapes", "--images", "4", "--steps", "1", "--batch",
+            "4"]
     outs = [folder / "evaluated1", folder / "evaluated3"]
     for out, W in zip(outs, (1, 3)):
         started = Started(W, f"{out}.log", judge_pictures, [*argv, "--out", str(out)])

@@ -148,7 +148,8 @@ def on_a_slow_disk(argv):
 
 @pytest.mark.xdist_group("processes")
 def test_a_second_signal_stops_at_once(models, tmp_path):
-    process = start(tmp_path / "log", on_a_slow_disk, tiny(models, "--epochs", 100000, "--out", tmp_path / "run"))
+    process = start(tmp_path / "log", on_a_slow_disk, tiny(models, "--epochs", 100000, "--out",
+                                                           tmp_path / "run"))
     wait_for(lambda: has_logged(tmp_path / "run"), process.is_alive)
     os.kill(process.pid, signal.SIGINT)
     wait_for(lambda: "once more stops at once" in (tmp_path / "log").read_text(), process.is_alive)
