@@ -288,8 +288,8 @@ def frechet_distances(args, inception_file: Path, pictures: dict[str, list[Path]
     real = inception_features(inception, list_pictures(args.fid, "--fid"), args.device)
     distances = {label: frechet_distance(inception_features(inception, paths, args.device), real)
                  for label, paths in pictures.items()}
-    return distances, {"real_pictures": len(real), "resize": "clean",
-                       "inception_sha256": sha256(inception_file), "hash_checked": bool(args.inception_sha256)}
+    return distances, {"real_pictures": len(real), "resize": "clean", "inception_sha256": sha256(inception_file),
+                       "hash_checked": bool(args.inception_sha256)}
 
 
 # -------------------------------------------------------------------------------- the judges of a run
@@ -305,7 +305,8 @@ def judge_files(args) -> dict[str, Path]:
         for kind, local in (("q16_original", args.q16_original), ("q16_finetuned", args.q16_finetuned)):
             files[kind] = fetch(*FILES[kind], local, "--" + kind.replace("_", "-"), args.cache)
     if args.fid:
-        files["inception"] = fetch(FILES["inception"][0], args.inception_sha256, args.inception, "--inception", args.cache)
+        url, _ = FILES["inception"]
+        files["inception"] = fetch(url, args.inception_sha256, args.inception, "--inception", args.cache)
     return files
 
 

@@ -85,9 +85,9 @@ def finish(rows: list[Row], args, notes: list, path) -> list[Row]:
     return [replace(row, image=k) for row in rows for k in range(args.samples)]
 
 
-def read_files(paths: list, required: tuple, args, plain: bool = False) -> tuple[list[Row], dict, list[str]]:
-    """rows, source, notes of a suite whose prompts are tables or, with `plain`, also plain lines: of all files
-    that are given, each numbered on from the one before."""
+def read_files(paths: list, required: tuple, args, plain=False) -> tuple[list[Row], dict, list[str]]:
+    """rows, source, notes of a suite whose prompts are tables or, with `plain`, also plain lines: of all
+    files that are given, each numbered on from the one before."""
     required += ("guidance",) * (args.guidance == "csv")
     rows, notes = [], []
     for path in map(Path, paths):

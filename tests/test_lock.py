@@ -4,7 +4,6 @@
 """
 
 import errno
-import json
 import os
 import random
 import subprocess
@@ -14,7 +13,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from started import ROOT, TIMES, quick_main, quick_script, start, tiny, wait_for
+from started import ROOT, figures, quick_main, quick_script, start, tiny, wait_for
 
 from plumbing import lock
 
@@ -65,11 +64,6 @@ def test_a_lock_that_another_holds_is_refused(refusal, tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------- pairs of runs
-
-def figures(folder):
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES}
-            for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
