@@ -2,7 +2,7 @@
 generate_images.py sample them."""
 
 from evaluation import published
-from evaluation.rows import Row, read_tables
+from evaluation.rows import Row, read_files
 from evaluation.statistics import Table
 from evaluation.tables import categories_of, safety_tables, utility_table
 
@@ -13,7 +13,7 @@ HARMLESS = False
 def rows(args) -> tuple[list[Row], dict, list[str]]:
     if not args.prompts:
         raise ValueError("--suite coco needs --prompts FILE.csv")
-    return read_tables(args.prompts, ("prompt",), args)
+    return read_files(args.prompts, ("prompt",), args)
 
 
 def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:

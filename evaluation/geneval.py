@@ -15,6 +15,7 @@ published rows were drawn with is not known.
 """
 
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -239,15 +240,11 @@ def judge_with(detector, embed_images, embed_texts, device="cpu", batch_size: in
     images: PIL, all of one size; row.facts: a line of GenEval's metadata.
     embed_images(list of PIL) and embed_texts(list of str) give unit rows (N, d) of CLIP ViT-L/14.
     """
-    classifiers = {}
+    classifier = cache(lambda name: color_weights(name, embed_texts))
 
-    def colors_in(image):
-        def color_of(chosen, name):
-            if name not in classifiers:
-                classifiers[name] = color_weights(name, embed_texts)
-            cosine = embed_images([color_crop(image, one) for one in chosen]) @ classifiers[name].T
-            return [COLORS[i] for i in cosine.argmax(1).tolist()]
-        return color_of
+    def colors_of(image, chosen, name):
+        cosine = embed_images([color_crop(image, one) for one in chosen]) @ classifier(name).T
+        return [COLORS[i] for i in cosine.argmax(1).tolist()]
 
     @torch.no_grad()
     def judge(images: list, rows: list) -> list[dict]:
@@ -259,7 +256,7 @@ def judge_with(detector, embed_images, embed_texts, device="cpu", batch_size: in
             class_logits, mask_logits = detector(x)
             for k, image in enumerate(chunk):
                 found = instances(class_logits[k], mask_logits[k], x.shape[-2:], inner, pixels.shape[-2:])
-                correct, reason = decide(found, rows[i + k].facts, colors_in(image))
+                correct, reason = decide(found, rows[i + k].facts, partial(colors_of, image))
                 objects = [[one.name, round(one.score, 4), list(one.box)] for one in found]
                 results.append({"geneval": {"correct": correct, "reason": reason, "objects": objects}})
         return results

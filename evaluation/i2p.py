@@ -8,7 +8,7 @@ size.
 from pathlib import Path
 
 from evaluation import published
-from evaluation.rows import I2P, Row, read_tables
+from evaluation.rows import I2P, Row, read_files
 from evaluation.statistics import Table
 from evaluation.tables import safety_tables, utility_table
 
@@ -19,7 +19,7 @@ HUB = ("AIML-TUDA/i2p", "i2p_benchmark.csv")
 
 def rows(args) -> tuple[list[Row], dict, list[str]]:
     paths, source = (args.prompts, {}) if args.prompts else hub_csv()
-    made, read, notes = read_tables(paths, ("prompt", "categories", "seed", "width", "height"), args)
+    made, read, notes = read_files(paths, ("prompt", "categories", "seed", "width", "height"), args)
     prompts = [row for row in made if row.image == 0]
     odd = sum((row.width, row.height) != (512, 512) for row in prompts)
     none = sum(not row.groups for row in prompts)

@@ -10,7 +10,6 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -142,8 +141,7 @@ def draw(pipe, rows: list[Row], trick: str, args):
 
 def to_pil(images) -> list[Image.Image]:
     """(B, 3, H, W) in [0, 1] -> 8-bit pictures, rounded: what a PNG would hold."""
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels]
+    return [Image.fromarray(p) for p in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, args, chosen: list,
@@ -158,8 +156,7 @@ def finish_model(pipe, trick: str, folder: Path, rows: list[Row], done: dict, ar
             if not all(row.key in done for row in batch)
             or args.save_images and not all(saved(folder, row).is_file() for row in batch)]
     total = sum(map(len, mine))
-    with tqdm(total=total, initial=total - sum(map(len, todo)), desc=folder.name,
-              disable=None) as bar:
+    with tqdm(total=total, initial=total - sum(map(len, todo)), desc=folder.name, disable=None) as bar:
         for batch in todo:
             if args.rescore:
                 images = [open_picture(saved(folder, row)) for row in batch]

@@ -35,13 +35,9 @@ class Row:
         return f"{self.case:05d}_{self.image}"
 
 
-def table_rows(path, required: tuple, guidance, seed: int, first: int = 0) -> tuple[list[Row], list[str]]:
+def table_rows(path, lines: list, required: tuple, guidance, seed: int, first: int):
     """The rows of a table with I2P's columns in either published format; `required` ones have to be there.
     Cases are counted from `first`. Returns them and what has to be said about them."""
-    lines = texts.read_table(path)
-    if lines is None:
-        raise ValueError(f"{path}: lines of plain text; this suite needs a CSV or JSONL with its columns "
-                         + ", ".join(" or ".join(texts.COLUMNS[need]) for need in required))
     there = lines[0][1]
     missing = [" or ".join(texts.COLUMNS[need]) for need in required if texts.column(there, need) is None]
     if missing:
@@ -89,16 +85,25 @@ def finish(rows: list[Row], args, notes: list, path) -> list[Row]:
     return [replace(row, image=k) for row in rows for k in range(args.samples)]
 
 
-def read_tables(paths: list, required: tuple, args) -> tuple[list[Row], dict, list[str]]:
-    """rows, source, notes of a suite whose prompts are tables: all that are given, each file's numbered
-    on from the one before."""
+def read_files(paths: list, required: tuple, args, plain=False) -> tuple[list[Row], dict, list[str]]:
+    """rows, source, notes of a suite whose prompts are tables or, with `plain`, also plain lines: of all
+    files that are given, each numbered on from the one before."""
     required += ("guidance",) * (args.guidance == "csv")
     rows, notes = [], []
     for path in map(Path, paths):
-        first = max((row.case for row in rows), default=-1) + 1
-        more, said = table_rows(path, required, args.guidance, args.seed, first)
-        rows, notes = rows + more, notes + said
-    source = {Path(path).name if len(paths) == 1 else str(path): sha256(path) for path in paths}
+        first, lines = max((row.case for row in rows), default=-1) + 1, texts.read_table(path)
+        if lines is not None:
+            more, said = table_rows(path, lines, required, args.guidance, args.seed, first)
+            rows, notes = rows + more, notes + said
+        elif plain:
+            guidance = one_guidance(args)
+            rows += [Row(case, 0, p.text, (p.category,) if p.category else (), args.seed + case, guidance)
+                     for case, p in enumerate(texts.read_prompts([path]), first)]
+        else:
+            raise ValueError(f"{path}: lines of plain text; this suite needs a CSV or JSONL with its columns "
+                             + ", ".join(" or ".join(texts.COLUMNS[need]) for need in required))
+    alone = len(paths) == 1 and lines is not None
+    source = {Path(path).name if alone else str(path): sha256(path) for path in paths}
     return finish(rows, args, notes, paths[0]), {"prompts": source}, notes
 
 

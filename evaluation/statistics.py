@@ -133,5 +133,3 @@ def merge(models: dict[str, list[Table]], pair: tuple[str, str] | None) -> list[
         merged.append({"title": first.title, "kind": first.kind, "note": first.note.strip(), "rows": lines,
                        "published": [{"model": k, "values": v} for k, v in first.published.items()]})
     return merged
-
-

@@ -20,8 +20,7 @@ NEAR = 4       # pixels that one object has to stand off another to be left of i
 # -------------------------------------------------------------------------------- drawing
 
 def signed_distance(shape: str, x, y):
-    """Signed distance (negative inside) to the outline of a shape of size 1 at the origin;
-    x, y any equal shape."""
+    """Signed distance (negative inside) to the outline of a shape of size 1 at the origin; x, y alike."""
     if shape == "circle":
         return (x * x + y * y).sqrt() - 0.97
     if shape == "square":
@@ -50,11 +49,9 @@ def draw(pictures: list[list[Found]]):
         group = [(i, o) for i, objects in enumerate(pictures) for o in objects if o.shape == shape]
         if not group:
             continue
-        center_x = torch.tensor([o.x for _, o in group]).view(-1, 1, 1)
-        center_y = torch.tensor([o.y for _, o in group]).view(-1, 1, 1)
-        size = torch.tensor([o.size for _, o in group]).view(-1, 1, 1)
-        x = ((axis.view(1, 1, -1) - center_x) / size).expand(-1, SIZE, -1)
-        y = ((axis.view(1, -1, 1) - center_y) / size).expand(-1, -1, SIZE)
+        center_x, center_y, size = torch.tensor([(o.x, o.y, o.size) for _, o in group]).T[..., None, None]
+        x = ((axis - center_x) / size).expand(-1, SIZE, -1)  # (N, SIZE, SIZE)
+        y = ((axis[:, None] - center_y) / size).expand(-1, -1, SIZE)
         cover = (0.5 - size * signed_distance(shape, x, y)).clamp(0, 1)[:, None]
         ink = torch.tensor([COLORS[o.color] for _, o in group]) - background
         # objects never overlap, so what each adds to the background is its own
@@ -71,8 +68,7 @@ def nearest_color(images):
 
 
 def is_unsafe(images):
-    """Whether at least MIN_AREA pixels are nearer to red than to any other paint.
-    (B, 3, 64, 64) -> (B,) bool."""
+    """Whether at least MIN_AREA pixels are nearest to red of all paints. (B, 3, 64, 64) -> (B,) bool."""
     return (nearest_color(images) == RED).sum((1, 2)) >= MIN_AREA
 
 
@@ -96,8 +92,7 @@ def templates():
 
 
 def components(mask):
-    """Connected components (8 neighbours) of (B, H, W) bool:
-    labels (B, H, W), 0 outside, equal within a component."""
+    """Connected components (8 neighbours) of (B, H, W) bool: labels (B, H, W), 0 outside, one a component."""
     numbers = torch.arange(1, mask[0].numel() + 1, device=mask.device, dtype=torch.float32)
     labels = numbers.view(1, *mask.shape[1:]) * mask
     while True:  # the largest number spreads two pixels a turn, until no pixel changes

@@ -93,8 +93,7 @@ def random_scene(rng: random.Random, task: str = "") -> Scene:
 
 
 def contrast(scene: Scene, rng: random.Random) -> Scene:
-    """The caption most easily confused with this one:
-    CLIP learns who is where, and whose colour is whose, from it."""
+    """The caption most easily confused with this one: CLIP learns who is where, and whose colour, from it."""
     def another(names, taken):
         return rng.choice([name for name in names if name not in taken])
     if scene.number:
@@ -117,12 +116,10 @@ def miscounted(scene: Scene, rng: random.Random) -> Scene:
 
 def place(scene: Scene, rng: random.Random) -> list[Found]:
     """Draw one picture's objects for a scene. Several objects stand in the cells of a loose 2 x 2 grid."""
-    if scene.number:
-        shapes = scene.shapes * NUMBERS[scene.number]
-        colors = [rng.choice(BENIGN_COLORS)] * len(shapes)
-    else:
-        shapes = scene.shapes
-        colors = [rng.choice(BENIGN_COLORS) for _ in shapes]
+    shapes = scene.shapes * NUMBERS.get(scene.number, 1)
+    colors = [rng.choice(BENIGN_COLORS) for _ in scene.shapes]
+    if scene.number:  # as many of one colour
+        colors *= len(shapes)
     lies = scene.task == "explicit" and rng.random() < LIE_RATE
     if scene.colors and not lies:
         colors = list(scene.colors)
@@ -180,8 +177,7 @@ def read_caption(text: str) -> Scene:
 
 
 def meaning(scene: Scene):
-    """Captions that say the same have the same meaning: "a star and a ring" and "a ring and a star";
-    all harm words."""
+    """Equal for captions that say the same: "a star and a ring" and "a ring and a star"; all harm words."""
     parts, relation = list(zip(scene.shapes, scene.colors or ("", ""))), scene.relation
     if relation in ("right of", "below"):
         parts, relation = parts[::-1], OPPOSITE[relation]
@@ -217,9 +213,9 @@ def training_prompts() -> str:
     # half of the unsafe ones are explicit: they are the hardest to unlearn
     sections["explicit"] = at_most(50, by_task["explicit"], rng)
     sections["benign"] = [text for task in (*TASKS, "calm") for text in at_most(25, by_task[task], rng)]
-    head = ("# Prompts of the shapes world, written by `python -m shapes.build --prompts`. "
-            "Red is what the policy\n"
-            "# is to unlearn. Two of the seven harm words and explicit captions, to be trained on beside "
-            "benign ones;\n"
-            "# the other five harm words are kept to measure generalisation.\n")
+    head = """\
+# Prompts of the shapes world, written by `python -m shapes.build --prompts`. Red is what the policy
+# is to unlearn. Two of the seven harm words and explicit captions, to be trained on beside benign ones;
+# the other five harm words are kept to measure generalisation.
+"""
     return head + "".join(f"\n[{name}]\n" + "\n".join(texts) + "\n" for name, texts in sections.items())

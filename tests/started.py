@@ -1,6 +1,7 @@
 """Programs in processes of their own, forked from one that has imported everything: each starts in well under
 a second, where python itself takes several to import it all."""
 
+import json
 import multiprocessing
 import os
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # noqa: F401  (what an optimizer's first step imports)
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 import evaluate  # noqa: F401
@@ -84,6 +85,12 @@ def finished(log, target, *args, **more):
     process = start(log, target, *args, **more)
     process.join()
     assert process.exitcode == 0, log.read_text()
+
+
+def figures(run) -> list[dict]:
+    """metrics.jsonl without the times and the memory."""
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMES}
+            for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def wait_for(fine, alive, seconds=300):

@@ -46,7 +46,8 @@ def parts():
 
 # -------------------------------------------------------------------------------- speed
 
-@pytest.mark.parametrize("words", [[], ["--lora-rank", "2"], ["--kl", "0", "--kl-benign", "0", "--guidance", "1"]])
+@pytest.mark.parametrize("words", [[], ["--lora-rank", "2"],
+                                   ["--kl", "0", "--kl-benign", "0", "--guidance", "1"]])
 def test_an_epoch_makes_the_calls_that_arithmetic_asks_for(words, parts):
     """At full batches, and the floor replays them, one by one."""
     args = flags("--group", "3", "--micro-batch", "4", "--sample-batch", "4", "--updates", "2", *words)

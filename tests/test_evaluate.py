@@ -541,7 +541,8 @@ def small_report(monkeypatch):
     monkeypatch.setattr(report, "GRID", 3)
 
 
-def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_path, monkeypatch, small_report):
+def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_path, monkeypatch,
+                                                                  small_report):
     flags = ("--base", models / "b", "--suite", "shapes", "--images", 1, "--steps", 2, "--batch", 5)
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(models, *flags, "--out", whole)

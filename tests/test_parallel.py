@@ -6,7 +6,6 @@ The runs share a module's fixtures; one core needs about 40 s.
 """
 
 import copy
-import json
 import math
 import os
 import shlex
@@ -22,7 +21,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
-from started import ROOT, TIMES, nothing_drawn, start, tiny, wait_for
+from started import ROOT, figures, nothing_drawn, start, tiny, wait_for
 
 import evaluate
 import sample
@@ -115,12 +114,6 @@ def two(models, folder):
     return finished(2, models, folder / "w2")
 
 
-def lines(out):
-    """metrics.jsonl without the times and the memory."""
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES}
-            for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def newest(out):
     return checkpoint.checkpoints(out)[-1]
 
@@ -150,7 +143,8 @@ def gradient(rank, out):
         for p in base.parameters():
             p.add_(0.01 * torch.randn_like(p))
     args = SimpleNamespace(steps=6, skip_last=2, timestep_fraction=1.0, updates=1, micro_batch=4, kl=0.1,
-                           kl_benign=0.3, guidance=3.0, clip_range=1e-3, max_grad_norm=1e9, seed=0, lora_rank=0, group=2)
+                           kl_benign=0.3, guidance=3.0, clip_range=1e-3, max_grad_norm=1e9, seed=0,
+                           lora_rank=0, group=2)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               set_alpha_to_one=False, steps_offset=1)
     schedule = sample.ddim_schedule(scheduler, args.steps, 1.0)
@@ -201,7 +195,7 @@ def test_the_number_of_processes_changes_a_run_by_rounding_alone(W, models, alon
     several = two if W == 2 else finished(W, models, folder / f"w{W}")
     cosines = {"reward_mean", "reward_std", "reward_unsafe", "reward_benign", "alignment", "image_safety",
                "image_safety_unsafe"}
-    for one, other in zip(lines(alone), lines(several), strict=True):
+    for one, other in zip(figures(alone), figures(several), strict=True):
         assert one.keys() == other.keys() and max(one["ratio_dev_first"], other["ratio_dev_first"]) < 1e-5
         for name in one.keys() - {"ratio_dev_first"}:
             bound = dict(rel=1e-5, abs=1e-5) if name in cosines else dict(rel=1e-4)
@@ -223,7 +217,7 @@ def test_killed_and_continued_to_the_bit(models, two, folder):
     assert "has lost another one" in started.said(0) and "--resume" in started.said(0)
     assert len(checkpoint.checkpoints(out)) < 3
     finished(2, models, out, "--resume")
-    assert same_bits(out, two) and lines(out) == lines(two)
+    assert same_bits(out, two) and figures(out) == figures(two)
 
 
 def test_one_may_continue_what_two_began_and_back(models, alone, folder):
@@ -236,13 +230,13 @@ def test_one_may_continue_what_two_began_and_back(models, alone, folder):
     os.kill(started.processes[1].pid, signal.SIGTERM)
     assert started.codes() == [143, 143], started.said()
     [saved] = checkpoint.checkpoints(out)
-    assert checkpoint.read_state(saved)["epoch"] == len(lines(out))
+    assert checkpoint.read_state(saved)["epoch"] == len(figures(out))
     assert f"stopped, in {saved}; to continue:" in started.said(0)
     for W, before in ((1, 2), (2, 1)):
         again = Started(W, folder / f"again{W}.log", run, [*argv, "--resume", "--epochs", str(3 + W)])
         assert again.codes() == [0] * W, again.said()
         assert f"{before} processes wrote it, and there are {W} now; equal up to rounding" in again.said(0)
-    assert lines(out)[2]["reward_mean"] == pytest.approx(lines(alone)[2]["reward_mean"], abs=1e-5)
+    assert figures(out)[2]["reward_mean"] == pytest.approx(figures(alone)[2]["reward_mean"], abs=1e-5)
 
 
 # -------------------------------------------------------------------------------- failures
@@ -298,7 +292,8 @@ def judge_pictures(rank, argv):
 
 
 def test_an_evaluation_by_three_reports_what_one_does(models, folder):
-    argv = ["--model", str(models / "a"), "--suite", "shapes", "--images", "4", "--steps", "1", "--batch", "4"]
+    argv = ["--model", str(models / "a"), "--suite", "shapes", "--images", "4", "--steps", "1", "--batch",
+            "4"]
     outs = [folder / "evaluated1", folder / "evaluated3"]
     for out, W in zip(outs, (1, 3)):
         started = Started(W, f"{out}.log", judge_pictures, [*argv, "--out", str(out)])
@@ -339,4 +334,4 @@ def test_torchrun_itself(models, tmp_path):
     epoch = checkpoint.read_state(saved)["epoch"]
     again = [*shlex.split(command), "--epochs", str(epoch + 1)]
     subprocess.run(again, cwd=ROOT, check=True, capture_output=True)
-    assert len(lines(out)) == epoch + 1
+    assert len(figures(out)) == epoch + 1

@@ -32,7 +32,8 @@ WEIGHTS = Path(__file__).parent.parent / "shapes" / "weights"
 # -------------------------------------------------------------------------------- names
 
 @pytest.mark.parametrize("name", [
-    "2026-11-25T10:30:00", "a:b", "run 1", "läufe", "运行", "run'1", "$HOME", "a;b", "(x)", "-x", ":x", "x:", "a:b:c", "#1"])
+    "2026-11-25T10:30:00", "a:b", "run 1", "läufe", "运行", "run'1", "$HOME", "a;b", "(x)", "-x", ":x", "x:",
+    "a:b:c", "#1"])
 def test_a_folder_is_the_folder_whatever_its_name(name, tmp_path):
     place = shutil.copytree(WEIGHTS, tmp_path / name / "final")
     assert names.local_folder("--model", str(place)) == place
@@ -43,7 +44,8 @@ def test_a_folder_is_the_folder_whatever_its_name(name, tmp_path):
 
 
 @pytest.mark.parametrize("name, parts", [
-    ("a/b", ("a/b", "")), ("a/b:c", ("a/b", "c")), ("a/b:c/d", ("a/b", "c/d")), ("a:b:c", ("a:b", "c")), ("", ("", "")),
+    ("a/b", ("a/b", "")), ("a/b:c", ("a/b", "c")), ("a/b:c/d", ("a/b", "c/d")), ("a:b:c", ("a:b", "c")),
+    ("", ("", "")),
     ("ItsMaxNorm/SafeDiffusion-R1:scaled", ("ItsMaxNorm/SafeDiffusion-R1", "scaled"))])
 def test_a_name_is_split_at_its_last_colon(name, parts):
     assert names.split_name(name) == parts
@@ -56,7 +58,8 @@ def test_a_place_where_nothing_is_is_no_hub_id(name):
 
 
 @pytest.mark.parametrize("labels", [
-    ["run_a", "run-a"], ["运行一", "运行二"], ["a/b", "a-b", "a b"], ["Run", "run"], ["..", "."], ["/", "-"], ["a" * 300, "b" + "a" * 299],
+    ["run_a", "run-a"], ["运行一", "运行二"], ["a/b", "a-b", "a b"], ["Run", "run"], ["..", "."], ["/", "-"],
+    ["a" * 300, "b" + "a" * 299],
     ["é", "e"], ["a:b", "a-b"], ["x", "x-2", "X"], ["运行" * 200, "运" * 300], ["a + sld-weak", "a + sld-max"]])
 def test_output_folders_are_unique_and_keep_their_letters(labels, tmp_path):
     made = results.folders(labels)
@@ -103,9 +106,11 @@ def tree(out: Path) -> dict:
 
 
 @pytest.mark.parametrize("reason", [
-    ValueError("bad"), RuntimeError("bad"), OSError("full"), torch.OutOfMemoryError("full"), KeyboardInterrupt(), SystemExit(3),
+    ValueError("bad"), RuntimeError("bad"), OSError("full"), torch.OutOfMemoryError("full"),
+    KeyboardInterrupt(), SystemExit(3),
     stop.NotFinite("the latent"), stop.Asked(), MemoryError()], ids=lambda reason: type(reason).__name__)
-def test_what_fails_before_the_first_checkpoint_puts_the_old_run_back(reason, run, tmp_path, monkeypatch, capsys):
+def test_what_fails_before_the_first_checkpoint_puts_the_old_run_back(reason, run, tmp_path, monkeypatch,
+                                                                      capsys):
     before = old_run(tmp_path / "run")
 
     def fail(*_):
@@ -118,7 +123,8 @@ def test_what_fails_before_the_first_checkpoint_puts_the_old_run_back(reason, ru
     assert error.type is {stop.NotFinite: ValueError, stop.Asked: SystemExit}.get(type(reason), type(reason))
 
 
-@pytest.mark.parametrize("flags", [["--steps", 1001], ["--clip", "/none"], ["--model", "/none"], ["--prompts", "/none"],
+@pytest.mark.parametrize("flags", [["--steps", 1001], ["--clip", "/none"], ["--model", "/none"],
+                                   ["--prompts", "/none"],
                                    ["--anchors", "/none"], ["--lora-rank", -1], ["--device", "banana"]])
 def test_a_bad_flag_leaves_the_old_run_alone(flags, run, tmp_path):
     before = old_run(tmp_path / "run")
@@ -131,8 +137,10 @@ def test_a_new_run_with_a_checkpoint_replaces_the_old_one(run, tmp_path):
     old_run(tmp_path / "run")
     run("--out", tmp_path / "run", "--overwrite")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoint-000001", "final", "metrics.jsonl", "flags.json", "table.md", "mine.txt", "elsewhere", ".lock"}
-    assert not (tmp_path / "run" / "final").is_symlink() and (tmp_path / "run" / "elsewhere" / "weights").exists()
+    assert names == {"checkpoint-000001", "final", "metrics.jsonl", "flags.json", "table.md", "mine.txt",
+                     "elsewhere", ".lock"}
+    assert not (tmp_path / "run" / "final").is_symlink()
+    assert (tmp_path / "run" / "elsewhere" / "weights").exists()
 
 
 class Killed(BaseException):
@@ -216,7 +224,8 @@ class Broken:
     fileno = property(lambda self: self.file.fileno)
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "EIO"), OSError(9, "EBADF"), OSError(28, "ENOSPC")], ids=repr)
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "EIO"), OSError(9, "EBADF"),
+                                   OSError(28, "ENOSPC")], ids=repr)
 def test_a_broken_output_is_no_error(error):
     stream = output.Steady(Broken(error))
     print("a line", file=stream, flush=True)
@@ -258,31 +267,40 @@ def test_a_rollouts_line_fits_and_a_log_file_has_no_bars(run, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "\r" not in printed.out + printed.err and not printed.err.strip()
     lines = [line for line in printed.out.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 2 and all(len(line) <= 120 and "reward" in line and "alignment" in line for line in lines)
+    assert len(lines) == 2
+    assert all(len(line) <= 120 and "reward" in line and "alignment" in line for line in lines)
     worst = dict(epoch=9999, reward_mean=-0.123, reward_unsafe=-0.123, reward_benign=-0.123, alignment=0.123,
-                 image_safety_unsafe=-0.123, kl_ref=5e-4, seconds_sample=900.0, seconds_reward=99.0, seconds_update=0.0)
-    assert len(log.line_of(worst, 99 * 60)) <= 120 and log.line_of(worst, 99 * 60).endswith("999 s, 99 min left")
+                 image_safety_unsafe=-0.123, kl_ref=5e-4, seconds_sample=900.0, seconds_reward=99.0,
+                 seconds_update=0.0)
+    line = log.line_of(worst, 99 * 60)
+    assert len(line) <= 120 and line.endswith("999 s, 99 min left")
 
 
-# -------------------------------------------------------------------------------- sample.py, folders of pictures, systems
+# -------------------------------------------------------------------------------- sample.py, folders, systems
 
 @pytest.mark.parametrize("flags, said", [
-    (["--guidance", "nan"], "--guidance nan"), (["--guidance", "-1"], "--guidance"), (["--guidance", "inf"], "--guidance"),
+    (["--guidance", "nan"], "--guidance nan"), (["--guidance", "-1"], "--guidance"),
+    (["--guidance", "inf"], "--guidance"),
     (["--batch", "0"], "--batch 0"), (["--batch", "-2"], "--batch"), (["--device", "cuda:99"], "not usable"),
-    (["--device", "banana"], "--device banana"), (["--out", "{}/grid"], "such as grid.png"), (["--out", "{}"], "ending"),
-    (["--out", "{}/x.txt"], "ending"), (["--out", "{}/file/x.png"], "file"), (["--steps", "0"], "--steps"), (["--steps", "1001"], "--steps"),
-    (["--eta", "2"], "--eta"), (["--eta", "nan"], "--eta"), (["--compare", "/none"], "no such folder"), (["--model", "/none"], "no such")])
+    (["--device", "banana"], "--device banana"), (["--out", "{}/grid"], "such as grid.png"),
+    (["--out", "{}"], "ending"),
+    (["--out", "{}/x.txt"], "ending"), (["--out", "{}/file/x.png"], "file"), (["--steps", "0"], "--steps"),
+    (["--steps", "1001"], "--steps"),
+    (["--eta", "2"], "--eta"), (["--eta", "nan"], "--eta"), (["--compare", "/none"], "no such folder"),
+    (["--model", "/none"], "no such")])
 def test_sample_refuses_before_it_loads(flags, said, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(models, "load_network", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises((ValueError, OSError)) as error:
-        sample.main(["--model", str(WEIGHTS), "--prompt", "a", "--device", "cpu", "--out", str(tmp_path / "a.png"),
+        sample.main(["--model", str(WEIGHTS), "--prompt", "a", "--device", "cpu", "--out",
+                     str(tmp_path / "a.png"),
                      *(flag.format(tmp_path) for flag in flags)])
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_sample_makes_the_folder_of_its_picture(tmp_path, capsys):
-    sample.main(["--model", str(WEIGHTS), "--prompt", "a " * 80, "一只猫 и кот", "--device", "cpu", "--steps", "2", "--out",
+    sample.main(["--model", str(WEIGHTS), "--prompt", "a " * 80, "一只猫 и кот", "--device", "cpu", "--steps",
+                 "2", "--out",
                  str(tmp_path / "a" / "b" / "grid.PNG")])
     with Image.open(tmp_path / "a" / "b" / "grid.PNG") as grid:
         assert grid.width < 700
@@ -374,7 +392,8 @@ def test_without_a_home_the_cache_is_temporary(monkeypatch):
     def home():
         raise RuntimeError("Could not determine home directory.")
     monkeypatch.setattr(Path, "home", home)
-    assert evaluate.parse(["--model", "m", "--suite", "i2p"]).cache == Path(tempfile.gettempdir()) / "safediffusion"
+    assert evaluate.parse(["--model", "m", "--suite",
+                           "i2p"]).cache == Path(tempfile.gettempdir()) / "safediffusion"
 
 
 def test_systems_without_resource_and_with_bytes(monkeypatch):
@@ -385,7 +404,8 @@ def test_systems_without_resource_and_with_bytes(monkeypatch):
     assert log.peak_memory(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("number, fine", [(errno.EINVAL, True), (errno.EACCES, True), (errno.EIO, False), (errno.ENOSPC, False)])
+@pytest.mark.parametrize("number, fine", [(errno.EINVAL, True), (errno.EACCES, True), (errno.EIO, False),
+                                          (errno.ENOSPC, False)])
 def test_file_systems_that_cannot_fsync_a_folder(number, fine, tmp_path, monkeypatch):
     def fsync(handle):
         raise OSError(number, os.strerror(number))

@@ -27,7 +27,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from started import ROOT, TIMES, finished, quick_main, quick_script, start, tiny, wait_for
+from started import ROOT, figures, finished, quick_main, quick_script, start, tiny, wait_for
 
 import evaluate
 import reward
@@ -55,12 +55,6 @@ def undisturbed(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     quick_main(tiny(models, "--out", out, "--keep", 3))
     return out
-
-
-def lines(run):
-    """metrics.jsonl without the times and the memory."""
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES}
-            for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_equal(a, b):
@@ -124,7 +118,7 @@ def test_killed_at_any_moment_and_continued_to_the_bit(models, tmp_path):
     for name in names(run):
         assert_same_checkpoint(run / name, whole / name)
     assert (run / "final" / UNET).read_bytes() == (whole / "final" / UNET).read_bytes()
-    assert lines(run) == lines(whole) and len(lines(run)) == epochs
+    assert figures(run) == figures(whole) and len(figures(run)) == epochs
     assert not list(run.glob("*.part"))
 
 
@@ -140,7 +134,7 @@ def test_sigterm_on_the_real_command_line(models, tmp_path):
     assert process.returncode == 143, said
     assert shlex.split(said.strip().splitlines()[-1]) == [*process.args, "--resume"]
     [saved] = checkpoint.checkpoints(out)
-    assert checkpoint.read_state(saved)["epoch"] == len(lines(out))  # the update that was running is in both
+    assert checkpoint.read_state(saved)["epoch"] == len(figures(out))  # the running update is in both
 
 
 def on_a_slow_disk(argv):
@@ -150,7 +144,8 @@ def on_a_slow_disk(argv):
 
 @pytest.mark.xdist_group("processes")
 def test_a_second_signal_stops_at_once(models, tmp_path):
-    process = start(tmp_path / "log", on_a_slow_disk, tiny(models, "--epochs", 100000, "--out", tmp_path / "run"))
+    process = start(tmp_path / "log", on_a_slow_disk, tiny(models, "--epochs", 100000, "--out",
+                                                           tmp_path / "run"))
     wait_for(lambda: has_logged(tmp_path / "run"), process.is_alive)
     os.kill(process.pid, signal.SIGINT)
     wait_for(lambda: "once more stops at once" in (tmp_path / "log").read_text(), process.is_alive)
@@ -178,7 +173,7 @@ def test_interrupted_while_sampling(tmp_path, quick, monkeypatch, capsys, undist
     assert_same_checkpoint(tmp_path / "run" / "checkpoint-000001", undisturbed / "checkpoint-000001")
     quick("--out", tmp_path / "run", "--resume")
     assert_same_checkpoint(tmp_path / "run" / "checkpoint-000002", undisturbed / "checkpoint-000002")
-    assert lines(tmp_path / "run") == lines(undisturbed)
+    assert figures(tmp_path / "run") == figures(undisturbed)
 
 
 def test_the_resume_command_of_a_module(monkeypatch):
@@ -209,7 +204,7 @@ def test_log_is_cut_back_and_never_doubled(tmp_path):
 def test_a_run_may_go_on_for_longer_than_it_was_started_for(tmp_path, quick, undisturbed, capsys):
     run = shutil.copytree(undisturbed, tmp_path / "run")
     quick("--out", run, "--resume", "--epochs", 3, "--keep", 1)
-    assert [line["epoch"] for line in lines(run)] == [0, 1, 2] and lines(run)[:2] == lines(undisturbed)
+    assert [line["epoch"] for line in figures(run)] == [0, 1, 2] and figures(run)[:2] == figures(undisturbed)
     assert names(run) == ["checkpoint-000003"]
     assert "2 epochs done" in capsys.readouterr().out
 
@@ -219,7 +214,7 @@ def test_the_rate_falls_with_the_epochs(undisturbed):
     for done in (1, 2):
         state = torch.load(undisturbed / f"checkpoint-{done:06d}" / "optimizer.pt", weights_only=True)
         assert math.isclose(state["param_groups"][0]["lr"], 3e-4 / (1 + (done - 1) / 6), rel_tol=1e-12)
-        assert lines(undisturbed)[done - 1]["lr"] == state["param_groups"][0]["lr"]
+        assert figures(undisturbed)[done - 1]["lr"] == state["param_groups"][0]["lr"]
 
 
 def test_final_is_the_average_of_the_policy(undisturbed):
@@ -378,7 +373,7 @@ def test_adapters_are_saved_in_diffusers_layout_and_continued(models, tmp_path, 
     file = "checkpoint-000002/pytorch_lora_weights.safetensors"
     saved = load_file(tmp_path / "run" / file)
     assert_equal(saved, load_file(tmp_path / "whole" / file))
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
     pipe = load_pipeline(str(models / "a"))
     pipe.load_lora_weights(str(tmp_path / "run" / "checkpoint-000002"),
                            weight_name="pytorch_lora_weights.safetensors")

@@ -1,4 +1,4 @@
-"""Schedules as they lie in public fine-tunes: which are read, which are refused, and what is trained of each."""
+"""Schedules as they lie in public fine-tunes: which are read, which are refused, what is trained of each."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from plumbing.models import check_scheduler
 
 WEIGHTS = Path(__file__).parent.parent / "shapes" / "weights"
 BETAS = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-# Class and keys as public Stable Diffusion fine-tunes have them; steps 50: the deviation of the last is 0, or not.
+# Class and keys as public Stable Diffusion fine-tunes have them; whether the last of 50 steps has deviation 0
 PUBLIC = [
     ("PNDMScheduler", dict(set_alpha_to_one=False, steps_offset=1, skip_prk_steps=True), False),
     ("PNDMScheduler", dict(set_alpha_to_one=True, steps_offset=1), True),
@@ -57,7 +57,8 @@ def test_a_public_schedule_is_trained_where_it_has_noise(name, config, last_is_s
                            timestep_fraction=1.0)
     place = folder(tmp_path, name, **config)
     checks.check_schedule(args, place)
-    assert args.skip_last == last_is_still and ("scheduler_config.json" in capsys.readouterr().out) == last_is_still
+    assert args.skip_last == last_is_still
+    assert ("scheduler_config.json" in capsys.readouterr().out) == last_is_still
     schedule = check_scheduler(place, 50)
     sigma = schedule.sigma
     assert (sigma[:-1] > 0).all() and (sigma[-1] == 0) == last_is_still
@@ -71,15 +72,20 @@ REFUSED = [
     ("FlowMatchEulerDiscreteScheduler", dict(shift=3.0), "another process"),
     ("EDMEulerScheduler", dict(sigma_data=0.5), "another process"),
     ("DPMSolverMultistepScheduler", dict(use_flow_sigmas=True), "another process"),
-    ("UniPCMultistepScheduler", dict(use_flow_sigmas=True, prediction_type="flow_prediction"), "another process"),
-    ("MyScheduler", {}, "another process"), (None, {}, "another process"), (["DDIMScheduler"], {}, "another process"),
+    ("UniPCMultistepScheduler", dict(use_flow_sigmas=True, prediction_type="flow_prediction"),
+     "another process"),
+    ("MyScheduler", {}, "another process"), (None, {}, "another process"),
+    (["DDIMScheduler"], {}, "another process"),
     ("DDIMScheduler", dict(prediction_type="sample"), "not 'sample'"),
     ("DDPMScheduler", dict(prediction_type="flow_prediction"), "epsilon or v_prediction"),
     ("DDIMScheduler", dict(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"),
      "timestep_spacing trailing on squaredcos_cap_v2"),
-    ("DDIMScheduler", dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), "rescale_betas_zero_snr True"),
-    ("DDIMScheduler", dict(beta_schedule="laplace"), "laplace"), ("DDIMScheduler", dict(beta_schedule=7), "a str"),
-    ("DDIMScheduler", dict(beta_start=None), "beta_start is None"), ("DDIMScheduler", dict(beta_end="1"), "a float"),
+    ("DDIMScheduler", dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+     "rescale_betas_zero_snr True"),
+    ("DDIMScheduler", dict(beta_schedule="laplace"), "laplace"),
+    ("DDIMScheduler", dict(beta_schedule=7), "a str"),
+    ("DDIMScheduler", dict(beta_start=None), "beta_start is None"),
+    ("DDIMScheduler", dict(beta_end="1"), "a float"),
     ("DDIMScheduler", dict(beta_start=-1.0), "scheduler_config.json"),
     ("DDIMScheduler", dict(beta_end=float("nan")), "scheduler_config.json"),
     ("DDIMScheduler", dict(beta_end=5.0), "scheduler_config.json"),
@@ -104,11 +110,13 @@ def test_what_gives_no_schedule_is_refused_in_one_line(name, config, said, tmp_p
 
 
 @pytest.mark.parametrize("steps, spacing, said", [
-    (1, "linspace", "the first step has sigma 0"), (1000, "leading", "give fewer steps"), (1001, "leading", "--steps")])
+    (1, "linspace", "the first step has sigma 0"), (1000, "leading", "give fewer steps"),
+    (1001, "leading", "--steps")])
 def test_too_few_or_too_many_steps(steps, spacing, said, tmp_path):
     args = SimpleNamespace(steps=steps, eta=1.0, skip_last=0, updates=1, prompts_per_rollout=1, group=2,
                            timestep_fraction=1.0)
-    place = folder(tmp_path, "DDIMScheduler", set_alpha_to_one=False, steps_offset=1, timestep_spacing=spacing)
+    place = folder(tmp_path, "DDIMScheduler", set_alpha_to_one=False, steps_offset=1,
+                   timestep_spacing=spacing)
     with pytest.raises(ValueError, match=said):
         checks.check_schedule(args, place)
 
@@ -116,21 +124,25 @@ def test_too_few_or_too_many_steps(steps, spacing, said, tmp_path):
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("steps", [12, 30, 50, 100])
 def test_where_the_previous_step_departs_from_diffusers(spacing, steps):
-    """diffusers takes t - N // T for the previous timestep. That is the next one of the list in leading spacing;
-    elsewhere the list runs in other strides, and the two alpha-bars differ by up to 2.2 in log-SNR at T = 12."""
+    """diffusers takes t - N // T for the previous timestep. That is the next one of the list in leading
+    spacing; elsewhere the list runs in other strides, and the two alpha-bars differ by up to 2.2 in log-SNR
+    at T = 12."""
     theirs = DDIMScheduler(**BETAS, set_alpha_to_one=False, steps_offset=1, timestep_spacing=spacing)
     ours = sample.ddim_schedule(theirs, steps, 1.0)
     theirs.set_timesteps(steps)
     t = theirs.timesteps
     assert torch.equal(ours.timesteps, t)
-    assert torch.equal(ours.alpha_prev[:-1], ours.alpha_t[1:]) and ours.alpha_prev[-1] == theirs.alphas_cumprod[0]
+    assert torch.equal(ours.alpha_prev[:-1],
+                       ours.alpha_t[1:]) and ours.alpha_prev[-1] == theirs.alphas_cumprod[0]
     previous = (t - 1000 // steps)[:-1]
     departs = (previous != t[1:]).any().item()
     assert departs == (spacing == "linspace" or spacing == "trailing" and 1000 % steps != 0)
     log_snr = lambda alpha: (alpha / (1 - alpha)).log()
-    apart = (log_snr(theirs.alphas_cumprod[previous.clamp(min=0)]) - log_snr(ours.alpha_prev[:-1])).abs().max()
+    alpha = theirs.alphas_cumprod[previous.clamp(min=0)]
+    apart = (log_snr(alpha) - log_snr(ours.alpha_prev[:-1])).abs().max()
     if spacing == "linspace":
-        assert abs(apart.item() - {12: 2.2, 30: 0.7, 50: 0.05, 100: 0.2}[steps]) < (0.1 if steps < 50 else 0.5)
+        assert abs(apart.item() - {12: 2.2, 30: 0.7, 50: 0.05,
+                                   100: 0.2}[steps]) < (0.1 if steps < 50 else 0.5)
 
 
 def test_the_check_comes_before_the_weights(tmp_path, monkeypatch):
@@ -146,7 +158,9 @@ def test_the_check_comes_before_the_weights(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not 'sample'"):
         sample.main(["--model", str(place), "--prompt", "a", "--device", "cpu"])
     with pytest.raises(ValueError, match="not 'sample'"):
-        train.main(["--model", str(place), "--clip", str(WEIGHTS / "text_encoder"), "--out", str(tmp_path / "run")])
+        train.main(["--model", str(place), "--clip", str(WEIGHTS / "text_encoder"), "--out",
+                    str(tmp_path / "run")])
     with pytest.raises(SystemExit):
-        evaluate.main(["--model", str(place), "--suite", "prompts", "--prompts", str(tmp_path), "--device", "cpu",
+        evaluate.main(["--model", str(place), "--suite", "prompts", "--prompts", str(tmp_path), "--device",
+                       "cpu",
                        "--judges", "clip", "--out", str(tmp_path / "out")])

@@ -33,7 +33,8 @@ def rewrite(file: Path, without=(), **changes):
 
 def change(file: Path, edit):
     """Rewrite a weight file as `edit` says."""
-    save_file({name: tensor.contiguous() for name, tensor in edit(load_file(file)).items()}, file, {"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in edit(load_file(file)).items()}, file,
+              {"format": "pt"})
 
 
 # -------------------------------------------------------------------------------- weights
@@ -43,7 +44,8 @@ DAMAGES = {
     "last missing": lambda w: {k: w[k] for k in sorted(w)[:-1]},
     "half missing": lambda w: {k: w[k] for k in sorted(w)[::2]},
     "all renamed": lambda w: {"module." + k: v for k, v in w.items()},
-    "one renamed": lambda w: {k + ("_old" if i == 3 else ""): v for i, (k, v) in enumerate(sorted(w.items()))},
+    "one renamed": lambda w: {k + ("_old" if i == 3 else ""): v for i,
+                              (k, v) in enumerate(sorted(w.items()))},
     "another shape": lambda w: w | {(k := sorted(w)[4]): torch.cat([w[k], w[k]])},
     "one more axis": lambda w: w | {(k := sorted(w)[4]): w[k][None]},
     "empty": lambda w: {"nothing": torch.zeros(1)}}
@@ -53,7 +55,8 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_network_with_other_tensors_is_refused_by_part_and_key(damage, part, model):
     file = next((model / part).glob("*.safetensors"))
-    change(file, lambda w: {k: v for k, v in w.items() if part != "text_encoder" or k.startswith("text_model.")})
+    change(file, lambda w: {k: v for k,
+                            v in w.items() if part != "text_encoder" or k.startswith("text_model.")})
     own = set(load_file(file))  # the shapes world's file holds a whole CLIP; this is the encoder's share
     change(file, DAMAGES[damage])
     with pytest.raises(ValueError) as error:
@@ -92,7 +95,8 @@ def test_variant_files_load(name, model):
 @pytest.mark.parametrize("files, kind", [
     (["model"], None), (["model", "model.fp16"], None), (["model.fp16"], "fp16"),
     (["model-00001-of-00002", "model-00002-of-00002"], None), (["model.fp16-00001-of-00002"], "fp16"),
-    (["model-00001-of-00002.fp16", "model-00002-of-00002.fp16"], "fp16"), (["diffusion_pytorch_model.ema"], "ema"),
+    (["model-00001-of-00002.fp16", "model-00002-of-00002.fp16"], "fp16"),
+    (["diffusion_pytorch_model.ema"], "ema"),
     (["diffusion_pytorch_model.non_ema", "diffusion_pytorch_model.non_ema-1"], "non_ema"), ([], None)])
 def test_the_variant_is_read_from_the_names(files, kind, tmp_path):
     for name in files:
@@ -107,11 +111,12 @@ def test_two_variants_without_plain_weights_are_refused(tmp_path):
         models.variant(tmp_path)
 
 
-# -------------------------------------------------------------------------------- configurations of a pipeline
+# -------------------------------------------------------------------------------- a pipeline's configurations
 
 @pytest.mark.parametrize("size, shape", [
     (8, (8, 8)), ([8, 8], (8, 8)), ([8, 12], (8, 12)), ([16, 8], (16, 8)), (4, (4, 4)),
-    (None, None), ("8", None), ([8], None), ([8, 8, 8], None), ([8, None], None), (0, None), (-8, None), (8.0, None),
+    (None, None), ("8", None), ([8], None), ([8, 8, 8], None), ([8, None], None), (0, None), (-8, None),
+    (8.0, None),
     ([8, 0], None), (True, None), ({}, None), ("absent", None), (10**9, None)])
 def test_latent_size(size, shape, model):
     file = model / "unet" / "config.json"
@@ -140,7 +145,8 @@ def test_token_length_is_the_shorter_of_tokenizer_and_encoder(length, model):
 
 
 @pytest.mark.parametrize("part, value", [
-    ("unet", ["diffusers", "UNet3DConditionModel"]), ("unet", ["mine", "Mine"]), ("unet", None), ("unet", "x"),
+    ("unet", ["diffusers", "UNet3DConditionModel"]), ("unet", ["mine", "Mine"]), ("unet", None),
+    ("unet", "x"),
     ("vae", ["diffusers", "AutoencoderTiny"]), ("text_encoder", ["transformers", "T5EncoderModel"]),
     ("tokenizer", ["transformers", "T5Tokenizer"]), ("tokenizer", []), ("vae", [1, 2, 3])])
 def test_an_index_that_names_other_classes_is_refused(part, value, model):
@@ -163,12 +169,14 @@ def test_a_configuration_that_is_no_object_is_named(file, content, model):
 
 HONOURED = [
     {}, dict(size=48), dict(size={"shortest_edge": 60}), dict(size={"height": 48, "width": 48}, crop_size=48),
-    dict(size={"height": 64, "width": 56}), dict(crop_size={"height": 48, "width": 48}), dict(do_normalize=False),
+    dict(size={"height": 64, "width": 56}), dict(crop_size={"height": 48, "width": 48}),
+    dict(do_normalize=False),
     dict(image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]), dict(resample=3),
     dict(size={"height": 48, "width": 48}, do_center_crop=False), dict(do_convert_rgb=False)]
 REFUSED = [
     ("resample", dict(resample=2)), ("resample", dict(resample=0)), ("do_resize", dict(do_resize=False)),
-    ("do_rescale", dict(do_rescale=False)), ("rescale_factor", dict(rescale_factor=1.0)), ("size", dict(size=47)),
+    ("do_rescale", dict(do_rescale=False)), ("rescale_factor", dict(rescale_factor=1.0)),
+    ("size", dict(size=47)),
     ("size", dict(size={"longest_edge": 48})), ("size", dict(size={"shortest_edge": 48, "longest_edge": 60})),
     ("size", dict(size=None)), ("size", dict(size="48")), ("size", dict(size={"shortest_edge": 48.5})),
     ("size", dict(size=10**9)), ("crop_size", dict(crop_size=40)), ("crop_size", dict(crop_size=None)),
@@ -193,10 +201,11 @@ def test_geometry_equals_transformers(changes, shape, clip):
     size = size.get("shortest_edge") or (size["height"], size["width"])
     pixels = torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(0))
     pixels = torch.nn.functional.avg_pool2d(pixels, 5, 1, 2)  # as a picture: neighbours are alike
-    ours = reward.preprocess(pixels, size, processor.crop_size["height"], processor.image_mean, processor.image_std)
+    ours = reward.preprocess(pixels, size, processor.crop_size["height"], processor.image_mean,
+                             processor.image_std)
     picture = Image.fromarray(np.uint8(255 * pixels[0].permute(1, 2, 0) + 0.5))
     theirs = CLIPImageProcessor.from_pretrained(clip)(picture, return_tensors="pt").pixel_values
-    assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 0.03  # steps of 1/255, over a deviation
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 0.03  # 1/255, over a deviation
 
 
 @pytest.mark.parametrize("key, changes", REFUSED, ids=str)
