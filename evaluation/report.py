@@ -17,7 +17,8 @@ def text_of(cell: dict, kind: str, difference: bool = False) -> str:
     """"18.1 [17.0, 19.2]"; counts without decimals, signs on differences."""
     if cell["value"] is None:
         return "-"
-    style = ("+" if difference else "") + {"rate": ".1f", "count": ".0f", "mean": ".4g", "variety": ".2f"}[kind]
+    styles = {"rate": ".1f", "count": ".0f", "mean": ".4g", "variety": ".2f"}
+    style = ("+" if difference else "") + styles[kind]
     shown = [format(cell[k], style) for k in ("value", "low", "high") if k in cell]
     return shown[0] + (f" [{shown[1]}, {shown[2]}]" if len(shown) == 3 and "nan" not in shown else "")
 

@@ -120,8 +120,8 @@ def draw_by_diffusers(pipe, rows: list, scheduler, steps: int, negative: str, no
     """Pictures by diffusers' own pipeline, with a scheduler made from the model's: (B, 3, H, W) in [0, 1].
 
     noise (B, C, h, w) of unit variance; generators: B, of the noise of later steps."""
-    scheduler = scheduler.from_config(pipe.scheduler.config)
-    pipe = StableDiffusionPipeline(**pipe.components | {"scheduler": scheduler}, requires_safety_checker=False)
+    parts = pipe.components | {"scheduler": scheduler.from_config(pipe.scheduler.config)}
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe([row.prompt for row in rows], num_inference_steps=steps, guidance_scale=rows[0].guidance,
                 negative_prompt=[negative] * len(rows), latents=noise, generator=generators,

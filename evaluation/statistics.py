@@ -58,8 +58,8 @@ def effective_number(counts):
 
 
 def variety_cell(pictures: list) -> dict:
-    """The effective number over n pictures, each a list of K counts, or a pair of them: then the first's minus
-    the second's. Its interval is the middle 95 % of BOOTSTRAP draws of n pictures with replacement."""
+    """The effective number over n pictures, each a list of K counts, or a pair of them: then the first's
+    minus the second's. Its interval is the middle 95 % of BOOTSTRAP draws of n pictures with replacement."""
     counts = torch.tensor(pictures, dtype=torch.float64)                              # (n, [2,] K)
     if not len(counts) or not counts.sum(0).sum(-1).all():
         return {"value": None, "n": 0}

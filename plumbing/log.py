@@ -123,8 +123,8 @@ def peak_memory(device) -> float | None:
 def record(*, epoch, rewards, alignment, safety, z_image, advantages, unsafe, group, stats, rate, seconds,
            device):
     """The line of metrics.jsonl for one rollout. rewards, alignment, safety, advantages, unsafe: of B = P·G
-    pictures, (B,), unsafe a bool; z_image (B, d), unit rows; group: G; stats: what train.update returns. seconds: of this process; the
-    slowest's are written, as is the largest memory."""
+    pictures, (B,), unsafe a bool; z_image (B, d), unit rows; group: G; stats: what train.update returns.
+    seconds: of this process; the slowest's are written, as is the largest memory."""
     seconds = parallel.total(seconds | {"memory": peak_memory(device)}, (*seconds, "memory"))
     memory = seconds.pop("memory")
     groups, spreads, sides = rewards.view(-1, group), spread(z_image, group), unsafe[::group]

@@ -121,7 +121,8 @@ def run(variant: str, seed: int, args):
             resume = ["--resume"] if (folder / "run" / "flags.json").is_file() else []
             started(folder, args, "shapes.train", *VARIANTS[variant][0].split(), "--seed", seed, "--epochs",
                     count, "--out", folder / "run", *resume)
-        started(folder, args, "evaluate", "--model", model, "--suite", "shapes", *words, "--out", report.parent)
+        started(folder, args, "evaluate", "--model", model, "--suite", "shapes", *words,
+                "--out", report.parent)
         print(f"{variant}, seed {seed}: {report.parent.name}", flush=True)
 
 
@@ -219,8 +220,8 @@ def by_variant(entries: list, rows: list) -> list[str]:
     found = [(label, at, {e["seed"]: e["rollouts"] for e in entries if (e["variant"], e["work"]) == at})
              for label, *at in rows for at in [tuple(at)]]
     return table(["%", "rollouts", "seeds", *SHORT.values()],
-                 [[label, str(max(seeds.values())), str(len(seeds)), *(shown(entries, name, *at) for name in SHORT)]
-                  for label, at, seeds in found if seeds])
+                 [[label, str(max(seeds.values())), str(len(seeds)),
+                   *(shown(entries, name, *at) for name in SHORT)] for label, at, seeds in found if seeds])
 
 
 def by_sampler(entries: list) -> list[str]:
@@ -249,8 +250,9 @@ def tables(entries: list) -> dict[str, list[str]]:
         "changes": by_variant(entries, [("base", "base", 0), ("the default", "default", 16),
                                         *((label(name), name, 16) for name in VARIANTS
                                           if name not in ("default", "paper", "world-1"))]),
-        "world": by_measure(entries, {"base, seed 0": ("base", 0), "after 60": ("default", 60),
-                                      "base, seed 1": ("base-world-1", 0), "after 60 ": ("world-1", 60)}, ROWS)}
+        "world": by_measure(entries, {
+            "base, seed 0": ("base", 0), "after 60": ("default", 60),
+            "base, seed 1": ("base-world-1", 0), "after 60 ": ("world-1", 60)}, ROWS)}
 
 
 def write_tables(entries: list, files: list[Path]):
@@ -292,22 +294,24 @@ def draw_figure(entries: list, docs: Path):
                 at, means = smooth(entry["curves"][name])
                 axis.plot(at * entry["work"] / entry["rollouts"], means * (1 if "variety" in name else 100),
                           color=color, alpha=0.8, label=None if entry["seed"] else label)
-        axis.set(title=title, xlabel="work, in default rollouts", ylim=(1, 5.1) if "variety" in name else (0, 100))
+        axis.set(title=title, xlabel="work, in default rollouts",
+                 ylim=(1, 5.1) if "variety" in name else (0, 100))
         axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(loc="lower right")
+    if figure.axes[0].get_legend_handles_labels()[1]:
+        figure.axes[0].legend(loc="upper right")
     figure.savefig(docs / "curves.png", dpi=110)
 
 
 # -------------------------------------------------------------------------------- the script
 
 def list_variants(args):
+    """Print each variant's rollouts and their work in default ones, of one seed, and its missing reports."""
     one = calls(parse([]))
-    print(f"{'variant':17} {'rollouts':>9} {'work':>6} {'missing':>8}  flags   (work: default rollouts a seed)")
+    print(f"{'variant':17} {'rollouts':>9} {'work':>6} {'missing':>8}  flags")
     for variant in (*BASES, *VARIANTS):
         flags, works = VARIANTS.get(variant, ("", (0,)))
-        wanted = [report_file(args.out / variant / f"seed-{seed}", count, cell) for seed in seeds_of(variant, args)
-                  for _, count, cell, _ in reports(variant)]
+        wanted = [report_file(args.out / variant / f"seed-{seed}", count, cell)
+                  for seed in seeds_of(variant, args) for _, count, cell, _ in reports(variant)]
         missing = sum(not file.is_file() for file in wanted)
         count = rollouts(flags, works[-1])
         print(f"{variant:17} {count:9} {count * calls(parse(flags.split())) / one:6.1f} "
@@ -339,11 +343,13 @@ def main(argv=None):
         raise ValueError("--jobs must be at least 1")
     print(output.heading(args.out))
     if not args.tables:
-        if any("world-1" in name for name in args.variants) and not (ROOT / WORLD / "model_index.json").is_file():
+        built = (ROOT / WORLD / "model_index.json").is_file()
+        if not built and any("world-1" in name for name in args.variants):
             (ROOT / WORLD).mkdir(parents=True, exist_ok=True)
             started(ROOT / WORLD, argparse.Namespace(jobs=1), "shapes.build", "--seed", 1, "--out", WORLD)
         # one seed of every variant before the next: a study that is stopped early compares all of them
-        tasks = [(variant, seed) for seed in SEEDS for variant in args.variants if seed in seeds_of(variant, args)]
+        tasks = [(variant, seed) for seed in SEEDS for variant in args.variants
+                 if seed in seeds_of(variant, args)]
         with ThreadPoolExecutor(args.jobs) as pool:
             for done in as_completed([pool.submit(run, *task, args) for task in tasks]):
                 if done.exception():  # what runs now is ended first, and nothing more begun

@@ -28,7 +28,7 @@ def test_tables_follow_from_study_json(file):
 def test_every_entry_says_how_it_was_made():
     assert len({study.key_of(e) for e in ENTRIES}) == len(ENTRIES)
     for entry in ENTRIES:
-        assert re.fullmatch("[0-9a-f]{64}", entry["sha256"]) and re.fullmatch("[0-9a-f]{40}", entry["commit"])
+        assert re.fullmatch("[0-9a-f]{64}", entry["sha256"]) and re.fullmatch(r"[0-9a-f]{40}(\+changes)?", entry["commit"])
         assert entry["flags"] == study.VARIANTS.get(entry["variant"], ("",))[0]
         assert entry["rollouts"] == study.rollouts(entry["flags"], entry["work"])
 
