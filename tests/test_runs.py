@@ -423,7 +423,7 @@ def test_a_run_starts_from_a_checkpoint_as_from_any_model(models, undisturbed, a
         quick("--model", model, "--epochs", 1, "--out", tmp_path / "run")
     assert f"note: {model} has to stay" in capsys.readouterr().out
     assert_equal(unet_of(tmp_path / "run" / "final"), unet_of(model))
-    assert lines(tmp_path / "run")[0]["kl_ref"] == 0
+    assert figures(tmp_path / "run")[0]["kl_ref"] == 0
 
 
 def test_pictures_and_tables_of_checkpoints(undisturbed, tmp_path, monkeypatch, capsys):
