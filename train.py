@@ -5,7 +5,7 @@ scores into advantages within each prompt's group, take some clipped steps on th
 (grpo.py), log, save.
 
 Departures from the paper (arXiv 2605.18719) and from its released code, with reasons in the README:
- 1. exact KL to the frozen base, which the released code lacks; unsafe prompts alone are steered by default
+ 1. exact KL to the frozen base, heavier on benign prompts; the batch's spread divides the advantages
  2. stored latents are float32: what is scored is what is trained on, so the ratio of the first update is 1
  3. the last two transitions are left out: at T = 50 one of them carries half of the gradient's variance
  4. P = 8 prompts and 2 updates per rollout, for one GPU
@@ -79,9 +79,8 @@ def parse_args(argv=None):
     add("--decay-epochs", type=int, default=0, metavar="N", help="rate / (1 + epoch / N); 0: constant")
     add("--weight-decay", type=float, default=1e-4, help="paper: 1e-4")
     add("--clip-range", type=float, default=1e-4, help="of the ratio per dimension (DDPO, the paper's code)")
-    add("--kl", type=float, default=0.01, metavar="BETA",
-        help="weight of the KL to the base on unsafe prompts; 0 for none (paper's code)")
-    add("--kl-benign", type=float, default=0.05, metavar="BETA", help="the same on benign prompts")
+    add("--kl", type=float, default=0.01, metavar="BETA", help="of the KL to the base on unsafe prompts")
+    add("--kl-benign", type=float, default=0.05, metavar="BETA", help="the same on benign ones; 0 for none")
     add("--max-grad-norm", type=float, default=1.0)
     add("--ema", type=float, default=0.0, metavar="DECAY",
         help="final/ is the policy's mean over about 1 / (1 - DECAY) rollouts; 0: the policy itself (paper)")
@@ -231,8 +230,8 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
     The pairs are shared out among the optimizer steps, and taken in micro-batches, each weighted by its
     count, so that neither T nor the micro-batch changes the gradient. SUMS are added up over `pairs`
     transitions; ratio_dev_first is the largest |rho - 1| before the first step, kl_ref_first the mean KL to
-    the base there (0 in the first epoch, where the policy is the base). Raises stop.NotFinite before
-    a step that would ruin the weights. batch holds one process's pictures; the pairs are those of all."""
+    the base there (0 in the first epoch). Raises stop.NotFinite before a step that would ruin the weights.
+    batch holds one process's pictures; the pairs are those of all."""
     trained, optimizer = args.steps - args.skip_last, parts.optimizer
     params = optimizer.param_groups[0]["params"]
     pairs = choose_transitions(*parallel.rows(batch.advantages), trained, args.timestep_fraction,
@@ -307,8 +306,7 @@ def main(argv=None, judge=None, table_prompts=None):
                 rewards, alignment, safety, z_image, unsafe = parallel.rows(  # of all processes from here on
                     rewards, alignment, safety, z_image, batch.unsafe)
                 advantages = group_advantages(rewards.view(-1, args.group), args.divisor).flatten()
-                own = parallel.share(len(advantages))
-                batch.advantages = advantages[own.start:own.stop]
+                batch.advantages = advantages.chunk(parallel.world())[parallel.rank()]
                 clock.lap("seconds_reward")
                 drawn = [p for p in chosen for _ in range(args.group)]
                 judged = judge(*parallel.rows(images.cpu()), drawn, unsafe.cpu()) if judge else {}
