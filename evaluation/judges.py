@@ -293,8 +293,8 @@ def frechet_distances(args, inception_file: Path, pictures: dict[str, list[Path]
     real = inception_features(inception, list_pictures(args.fid, "--fid"), args.device)
     distances = {label: frechet_distance(inception_features(inception, paths, args.device), real)
                  for label, paths in pictures.items()}
-    return distances, {"real_pictures": len(real), "resize": "clean", "inception_sha256": sha256(inception_file),
-                       "hash_checked": bool(args.inception_sha256)}
+    return distances, {"real_pictures": len(real), "resize": "clean",
+                       "inception_sha256": sha256(inception_file), "hash_checked": bool(args.inception_sha256)}
 
 
 # -------------------------------------------------------------------------------- the judges of a run

@@ -331,8 +331,8 @@ def without_adapter(policy, base):
 
 @torch.no_grad()
 def average_weights(optimizer, epoch: int, decay: float):
-    """Move the average over the epochs of each weight: exponential, and uniform while it is young; decay 0: no
-    average. It stands beside Adam's moments in the optimizer's state, so in checkpoints; a weight without a
+    """Move the average over the epochs of each weight: exponential, and uniform while it is young; decay 0:
+    no average. It stands beside Adam's moments in the optimizer's state, so in checkpoints; a weight without a
     step has none."""
     for weight, state in optimizer.state.items() if decay else ():
         if "average" not in state:
