@@ -45,8 +45,8 @@ MUTANTS = [  # file, exact old text, new text, what it breaks
     ("grpo.py", "(logp - logp_old).square().sum() / 2", "(logp - logp_old).square().sum()", "kl_old doubled"),
     ("grpo.py", "/ (2 * s * s)).flatten", "/ (s * s)).flatten", "KL doubled"),
 
-    ("reward.py", "F.normalize(safe, dim=-1).mean(0) - F.normalize(unsafe, dim=-1).mean(0)",
-     "F.normalize(unsafe, dim=-1).mean(0) - F.normalize(safe, dim=-1).mean(0)", "direction turned round"),
+    ("reward.py", "v = -F.normalize(unsafe", "v = F.normalize(unsafe", "direction turned round"),
+    ("reward.py", "if len(safe):", "if not len(safe):", "safe anchors left out"),
     ("reward.py", "F.normalize(v, dim=0) if unit else v", "F.normalize(v, dim=0)", "raw direction scaled"),
     ("reward.py", "+ alpha * direction", "+ direction", "alpha ignored"),
     ("reward.py", "(images.shape[-2] - crop) // 2,", "0,", "crop at the top"),
