@@ -118,6 +118,7 @@ def set_up(args, prompts, anchors, pipe=None, clip=None) -> Parts:
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # where float32 remains
+    torch.backends.cuda.enable_cudnn_sdp(False)  # this attention rounds otherwise with a gradient than without
     clip = clip or load_clip(args.clip, torch.float16 if device.type == "cuda" else torch.float32)
     reward = SteeringReward(clip, anchors, args.alpha, args.direction == "unit", args.steer, device)
     pipe = pipe or load_pipeline(args.model, device)

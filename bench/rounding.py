@@ -1,17 +1,20 @@
 """The floor under the clip range: how far rounding alone moves the ratio when rollout and update call the
-network at different batch shapes.
+network at different batch shapes, and when one of them asks for a gradient.
 
 Stable Diffusion v1.4's architecture with random weights, scaled so that it predicts noise of unit deviation,
 as a trained one does. Pictures are taken through single denoising steps by calls on --rows rows at once, two
 of each picture, as guidance has it; the same step then has two log-densities (sample.log_prob), and |rho - 1|
-is what lies between them. Beside it the distance to a float32 network, as a size for bf16's rounding itself.
-Largest value over the pictures.
+is what lies between them. Then the same of one shape, with a gradient against without, as the update differs
+from the rollout: with torch's choice of an attention, and without cuDNN's, as train.py has it. The last
+column is the distance to a float32 network, as a size for bf16's rounding itself. Largest value over the
+pictures.
 
     python -m bench.rounding                              # 32 pictures at once against 4, on a GPU
     python -m bench.rounding --pictures 1 --rows 2 1      # minutes on a CPU
 """
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -26,7 +29,7 @@ STEPS = (0, 24, 44)  # of 50: the first, the middle, and near the end, where s i
 def branches(unet, x, t, text, null_text, rows: int):
     """The unguided and the text's prediction, two of (B, C, h, w), by calls on `rows` of 2·B rows."""
     inputs = zip(x.repeat(2, 1, 1, 1).split(rows), torch.cat([null_text.expand_as(text), text]).split(rows))
-    return torch.cat([unet(part, t.expand(len(part)), encoder_hidden_states=states).sample.float()
+    return torch.cat([unet(part, t.expand(len(part)), encoder_hidden_states=states).sample.float().detach()
                       for part, states in inputs]).chunk(2)
 
 
@@ -41,27 +44,37 @@ def main(argv=None):
     print(output.heading())
     device, B, shape = torch.device(args.device), args.pictures, (4, args.latents, args.latents)
     pipe = sd14_pipeline("cpu", sample_size=args.latents)
-    unet, generator = pipe.unet.to(device), torch.Generator().manual_seed(0)
+    unet, generator = pipe.unet.to(device).requires_grad_(), torch.Generator().manual_seed(0)
+    unet.enable_gradient_checkpointing()
     draw = lambda *size: torch.randn(*size, generator=generator).to(device)
     text, null_text = draw(B, 77, 768), draw(1, 77, 768)
     schedule = ddim_schedule(pipe.scheduler, 50, 1.0).to(device)
     spread = unet(draw(1, *shape), schedule.timesteps[24], encoder_hidden_states=null_text).sample.std()
     unet.conv_out.weight /= spread
     unet.conv_out.bias /= spread
-    print(f"| step | guidance | {args.rows[0]} rows against {args.rows[1]} | bf16 against float32 |\n"
-          "|---|---|---|---|")
+    print(f"| step | guidance | {args.rows[0]} rows against {args.rows[1]} | a gradient against none | "
+          "the same without cuDNN's attention | bf16 against float32 |\n" + "|---" * 6 + "|")
     for i in STEPS:
         x, z, t = draw(B, *shape), draw(B, *shape), schedule.timesteps[i]
         constants = schedule.alpha_t[i], schedule.alpha_prev[i], schedule.sigma[i]
+        call = partial(branches, unet, x, t, text, null_text)
+        few, pairs = args.rows[1], []  # of ways to compute the same
         with torch.autocast(device.type, torch.bfloat16):
-            one, other = (branches(unet, x, t, text, null_text, rows) for rows in args.rows)
-        exact = branches(unet, x, t, text, null_text, args.rows[1])
+            pairs.append((call(args.rows[0]), call(few)))
+            for torch_chooses in (True, False):
+                torch.backends.cuda.enable_cudnn_sdp(torch_chooses)
+                rolled_out = call(few)
+                with torch.enable_grad():
+                    pairs.append((rolled_out, call(few)))
+        pairs.append((rolled_out, call(few)))
         for w in GUIDANCE:
-            mu = [ddim_mean(u + w * (c - u), x, *constants) for u, c in (one, other, exact)]
-            drawn = mu[0] + schedule.sigma[i] * z
-            logp = [log_prob(drawn, m, schedule.sigma[i]) for m in mu]
-            ratio = [((new - logp[0]).exp() - 1).abs().max().item() for new in logp[1:]]
-            print(f"| {i} | {w:g} | {ratio[0]:.1e} | {ratio[1]:.1e} |", flush=True)
+            ratios = []
+            for pair in pairs:
+                mu, other = (ddim_mean(u + w * (c - u), x, *constants) for u, c in pair)
+                drawn = mu + schedule.sigma[i] * z
+                logp, new = (log_prob(drawn, m, schedule.sigma[i]) for m in (mu, other))
+                ratios.append(f"{((new - logp).exp() - 1).abs().max().item():.1e}")
+            print(f"| {i} | {w:g} | {' | '.join(ratios)} |", flush=True)
 
 
 if __name__ == "__main__":

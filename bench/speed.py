@@ -3,7 +3,7 @@
 The program runs an epoch (train.py's own functions) while every call of the UNets, the VAE and CLIP's image
 tower is recorded: which network, at which batch shape, with or without a gradient. The floor replays exactly
 these calls on random numbers, with nothing in between: no text, no schedule, no log-probability, no loss,
-no optimizer. Their ratio is what the program costs on top. The program's arithmetic is counted too
+no optimizer. Their ratio is what the program costs on top. The arithmetic of the calls is counted too
 (convolutions, matrix products, attention), as a share of the rate of one large matrix product on the device.
 
     python -m bench.speed                       # the shapes world; a CPU will do
@@ -12,6 +12,7 @@ no optimizer. Their ratio is what the program costs on top. The program's arithm
 """
 
 import argparse
+import gc
 import json
 import math
 import platform
@@ -122,6 +123,20 @@ def floor(parts, calls: dict, phase):
     parts.optimizer.zero_grad(set_to_none=True)
 
 
+def arithmetic(parts, calls: dict) -> dict:
+    """{phase: floating-point operations of its calls}. One call of each kind is counted: the counter keeps
+    what a call leaves behind alive, until Python's collector runs."""
+    counted = {}
+    for call in {call for name in PHASES for call in calls[name]}:
+        with FlopCounterMode(display=False) as counter, autocast(parts.device, parts.dtype), \
+                torch.set_grad_enabled(call[2]):
+            replay(parts, *call)
+        counted[call] = counter.get_total_flops()
+        gc.collect()
+    parts.optimizer.zero_grad(set_to_none=True)
+    return {name: sum(counted[call] for call in calls[name]) for name in PHASES}
+
+
 def calls_needed(args, transitions: int, clip_batch: int) -> dict:
     """By arithmetic: network calls of one epoch. transitions: pairs of picture and step that were trained;
     clip_batch: pictures that CLIP takes at once."""
@@ -169,17 +184,11 @@ def matrix_rate(device, dtype) -> float:
 def measure(args, latents: int, repeats: int, compiled: bool = False) -> dict:
     """One configuration: program and floor in turn, after one epoch of each to warm up."""
     parts = set_up(args, latents, compiled)
-    calls, flops, ours, bare = {name: [] for name in PHASES}, {}, Clock(parts.device), Clock(parts.device)
-
-    @contextmanager
-    def recording(name):
-        counter = FlopCounterMode(display=False)  # it cannot look into compiled code
-        with recorded(parts, calls[name]), nullcontext() if compiled else counter:
-            yield
-        flops[name] = counter.get_total_flops()
-
-    stats = run_epoch(parts, args, 0, recording)
+    calls, ours, bare = {name: [] for name in PHASES}, Clock(parts.device), Clock(parts.device)
+    stats = run_epoch(parts, args, 0, lambda name: recorded(parts, calls[name]))
     needed = calls_needed(args, stats["pairs"], parts.reward.batch_size)
+    # the counter cannot look into compiled code
+    flops = dict.fromkeys(PHASES, 0) if compiled else arithmetic(parts, calls)
     floor(parts, calls, lambda name: nullcontext())
     for repeat in range(repeats):
         stats = run_epoch(parts, args, 1 + repeat, ours)
