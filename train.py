@@ -9,7 +9,7 @@ Departures from the paper (arXiv 2605.18719) and from its released code, with re
  2. stored latents are float32: what is scored is what is trained on, so the ratio of the first update is 1
  3. the last two transitions are left out: at T = 50 one of them carries half of the gradient's variance
  4. P = 8 prompts and 2 updates per rollout, for one GPU
- 5. rollout and update call the network at one batch shape, so that bf16 rounds both alike
+ 5. under bf16 the update computes the old log-probabilities again, in its own batches, which round otherwise
 
     python train.py --prompts prompts/i2p.txt --out runs/sd14      # SD v1.4, on one GPU
     python -m shapes.train                                         # the shapes world, minutes on a laptop
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     add("--guidance", type=float, default=5.0, help="classifier-free, in rollout and update (paper: 5)")
     add("--eta", type=float, default=1.0, help="noise of the policy, above 0 to have a density (paper: 1)")
     add("--shared-noise", action="store_true", help="one initial noise per group")
-    add("--sample-batch", type=int, default=4, help="pictures at once; as --micro-batch, to round alike")
+    add("--sample-batch", type=int, default=4, help="pictures at once")
 
     add = more("update")
     add("--updates", type=int, default=2, help="optimizer steps per rollout (released code: 16)")
@@ -118,7 +118,6 @@ def set_up(args, prompts, anchors, pipe=None, clip=None) -> Parts:
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # where float32 remains
-    torch.backends.cuda.enable_cudnn_sdp(False)  # this attention rounds otherwise with a gradient than without
     clip = clip or load_clip(args.clip, torch.float16 if device.type == "cuda" else torch.float32)
     reward = SteeringReward(clip, anchors, args.alpha, args.direction == "unit", args.steer, device)
     pipe = pipe or load_pipeline(args.model, device)
@@ -193,31 +192,45 @@ def choose_transitions(advantages, trained: int, fraction: float, generator):
     return pairs[torch.randperm(len(pairs), generator=generator)]
 
 
+def step_mean(parts: Parts, unet, batch: Rollout, pairs, args):
+    """The mean (n, C, h, w) that a UNet gives to x_p of some transitions, pairs (n, 2) of picture and step."""
+    image, step = pairs.unbind(1)
+    x_t, schedule = batch.latents[image, step], parts.schedule
+    full = parallel.filled(len(pairs), args.micro_batch, parts.dtype)
+    with autocast(parts.device, parts.dtype):
+        eps = predict_noise(unet, x_t[full], schedule.timesteps[step][full], batch.text[image[full]],
+                            batch.null_text, args.guidance)[:len(pairs)]
+        return ddim_mean(eps, x_t, schedule.alpha_t[step], schedule.alpha_prev[step], schedule.sigma[step],
+                         parts.pipe.scheduler.config.prediction_type)
+
+
+@torch.no_grad()
+def old_log_probs(parts: Parts, batch: Rollout, micros: list, args, bar):
+    """The rollout's log-densities (B, T), those of the micro-batches' pairs computed again before any step,
+    in the very calls that `update` makes. On a GPU a row's last bf16 digits depend on the rows beside it, and
+    a clip range of 1e-4 would take that for learning: |rho - 1| was 7e-4 on an H200."""
+    log_probs = batch.log_probs.clone()
+    for pairs in micros:
+        image, step = pairs.unbind(1)
+        mu = step_mean(parts, parts.policy, batch, pairs, args)
+        log_probs[image, step] = log_prob(batch.latents[image, step + 1], mu, parts.schedule.sigma[step])
+        bar.update()
+    return log_probs
+
+
 def loss_on(parts: Parts, batch: Rollout, pairs, args):
     """The loss on some transitions: clipped policy loss + beta·KL to the base, beta by the prompt's side.
 
     pairs (n, 2): picture and transition. Returns the scalar loss, log rho (n,) without gradient, and grpo's
     statistics with the sum of the KL among them."""
     image, step = pairs.unbind(1)
-    x_t, x_prev = batch.latents[image, step], batch.latents[image, step + 1]
-    schedule = parts.schedule
-    t, a_t = schedule.timesteps[step], schedule.alpha_t[step]
-    a_p, s = schedule.alpha_prev[step], schedule.sigma[step]
-    full = parallel.filled(len(pairs), args.micro_batch, parts.dtype)
-
-    def mean(unet):
-        with autocast(parts.device, parts.dtype):
-            eps = predict_noise(unet, x_t[full], t[full], batch.text[image[full]], batch.null_text,
-                                args.guidance)[:len(pairs)]
-            return ddim_mean(eps, x_t, a_t, a_p, s, parts.pipe.scheduler.config.prediction_type)
-
-    mu = mean(parts.policy)
-    logp, logp_old = log_prob(x_prev, mu, s), batch.log_probs[image, step]
+    s, mu = parts.schedule.sigma[step], step_mean(parts, parts.policy, batch, pairs, args)
+    logp, logp_old = log_prob(batch.latents[image, step + 1], mu, s), batch.log_probs[image, step]
     loss, stats = policy_loss(logp, logp_old, batch.advantages[image], args.clip_range)
     stats["kl_ref"] = torch.zeros_like(loss)
     if args.kl or args.kl_benign:
         with torch.no_grad(), without_adapter(parts.policy, parts.base):
-            mu_ref = mean(parts.base)
+            mu_ref = step_mean(parts, parts.base, batch, pairs, args)
         kl = gaussian_kl(mu, mu_ref, s)
         beta = torch.where(batch.unsafe[image], args.kl, args.kl_benign)  # what must change is held less
         loss = loss + (beta * kl).mean()
@@ -240,14 +253,17 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
     shares = pairs.tensor_split(args.updates) if len(pairs) >= args.updates else []
     own = [parallel.own(share, len(batch.advantages)) for share in shares]
     own = [share.to(parts.device) for share in own]  # at once: a transfer waits for all the device has to do
+    micros = [share.split(args.micro_batch) if len(share) else () for share in own]
+    again = parts.dtype != torch.float32
     sums = dict.fromkeys(SUMS, 0)
     deviation = first = norms = kl_first = torch.zeros((), device=parts.device)  # the first two are maxima
-    calls = sum(math.ceil(len(share) / args.micro_batch) for share in own)
-    bar = tqdm(total=calls, desc="update", leave=False, disable=None)
+    bar = tqdm(total=sum(map(len, micros)) * (1 + again), desc="update", leave=False, disable=None)
+    if again:
+        batch.log_probs = old_log_probs(parts, batch, sum(micros, ()), args, bar)
     for n, share in enumerate(shares):
         optimizer.zero_grad(set_to_none=True)
         watched = []
-        for micro in own[n].split(args.micro_batch) if len(own[n]) else ():
+        for micro in micros[n]:
             loss, log_rho, stats = loss_on(parts, batch, micro, args)
             (loss * (len(micro) / len(share))).backward()
             watched.append((micro, log_rho, loss.detach()))

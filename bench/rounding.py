@@ -1,13 +1,12 @@
 """The floor under the clip range: how far rounding alone moves the ratio when rollout and update call the
-network at different batch shapes, and when one of them asks for a gradient.
+network at different batch shapes, with the rows in another order, or one of them with a gradient.
 
 Stable Diffusion v1.4's architecture with random weights, scaled so that it predicts noise of unit deviation,
 as a trained one does. Pictures are taken through single denoising steps by calls on --rows rows at once, two
 of each picture, as guidance has it; the same step then has two log-densities (sample.log_prob), and |rho - 1|
-is what lies between them. Then the same of one shape, with a gradient against without, as the update differs
-from the rollout: with torch's choice of an attention, and without cuDNN's, as train.py has it. The last
-column is the distance to a float32 network, as a size for bf16's rounding itself. Largest value over the
-pictures.
+is what lies between them. Then the same at one shape, the rows in another order, and with a gradient against
+without. The last column is the distance to a float32 network, as a size for bf16's rounding itself. Largest
+value over the pictures.
 
     python -m bench.rounding                              # 32 pictures at once against 4, on a GPU
     python -m bench.rounding --pictures 1 --rows 2 1      # minutes on a CPU
@@ -52,28 +51,25 @@ def main(argv=None):
     spread = unet(draw(1, *shape), schedule.timesteps[24], encoder_hidden_states=null_text).sample.std()
     unet.conv_out.weight /= spread
     unet.conv_out.bias /= spread
-    print(f"| step | guidance | {args.rows[0]} rows against {args.rows[1]} | a gradient against none | "
-          "the same without cuDNN's attention | bf16 against float32 |\n" + "|---" * 6 + "|")
+    print(f"| step | guidance | {args.rows[0]} rows against {args.rows[1]} | another order | "
+          "a gradient against none | bf16 against float32 |\n" + "|---" * 6 + "|")
     for i in STEPS:
         x, z, t = draw(B, *shape), draw(B, *shape), schedule.timesteps[i]
         constants = schedule.alpha_t[i], schedule.alpha_prev[i], schedule.sigma[i]
-        call = partial(branches, unet, x, t, text, null_text)
-        few, pairs = args.rows[1], []  # of ways to compute the same
+        many, few = args.rows
+        call = partial(branches, unet, t=t, null_text=null_text)
         with torch.autocast(device.type, torch.bfloat16):
-            pairs.append((call(args.rows[0]), call(few)))
-            for torch_chooses in (True, False):
-                torch.backends.cuda.enable_cudnn_sdp(torch_chooses)
-                rolled_out = call(few)
-                with torch.enable_grad():
-                    pairs.append((rolled_out, call(few)))
-        pairs.append((rolled_out, call(few)))
+            others = [call(x, text=text, rows=many)]
+            one = call(x, text=text, rows=few)
+            others.append([part.flip(0) for part in call(x.flip(0), text=text.flip(0), rows=few)])
+            with torch.enable_grad():
+                others.append(call(x, text=text, rows=few))
+        others.append(call(x, text=text, rows=few))
         for w in GUIDANCE:
-            ratios = []
-            for pair in pairs:
-                mu, other = (ddim_mean(u + w * (c - u), x, *constants) for u, c in pair)
-                drawn = mu + schedule.sigma[i] * z
-                logp, new = (log_prob(drawn, m, schedule.sigma[i]) for m in (mu, other))
-                ratios.append(f"{((new - logp).exp() - 1).abs().max().item():.1e}")
+            mean = lambda u, c: ddim_mean(u + w * (c - u), x, *constants)
+            drawn = mean(*one) + schedule.sigma[i] * z
+            logp, *new = (log_prob(drawn, mean(*pair), schedule.sigma[i]) for pair in (one, *others))
+            ratios = [f"{((other - logp).exp() - 1).abs().max().item():.1e}" for other in new]
             print(f"| {i} | {w:g} | {' | '.join(ratios)} |", flush=True)
 
 

@@ -144,7 +144,8 @@ def calls_needed(args, transitions: int, clip_batch: int) -> dict:
     shares = torch.arange(transitions).tensor_split(args.updates) if transitions >= args.updates else []
     micro = sum(math.ceil(len(share) / args.micro_batch) for share in shares)
     reference = micro if args.kl or args.kl_benign else 0
-    unet = args.steps * math.ceil(images / args.sample_batch) + micro
+    again = micro if args.precision == "bf16" else 0  # the old log-probabilities
+    unet = args.steps * math.ceil(images / args.sample_batch) + micro + again
     return {"unet": unet + reference if args.lora_rank else unet, "base": 0 if args.lora_rank else reference,
             "vae": math.ceil(images / DECODE_BATCH), "clip": math.ceil(images / clip_batch)}
 
