@@ -196,10 +196,9 @@ def step_mean(parts: Parts, unet, batch: Rollout, pairs, args):
     """The mean (n, C, h, w) that a UNet gives to x_p of some transitions, pairs (n, 2) of picture and step."""
     image, step = pairs.unbind(1)
     x_t, schedule = batch.latents[image, step], parts.schedule
-    full = parallel.filled(len(pairs), args.micro_batch, parts.dtype)
     with autocast(parts.device, parts.dtype):
-        eps = predict_noise(unet, x_t[full], schedule.timesteps[step][full], batch.text[image[full]],
-                            batch.null_text, args.guidance)[:len(pairs)]
+        eps = predict_noise(unet, x_t, schedule.timesteps[step], batch.text[image], batch.null_text,
+                            args.guidance)
         return ddim_mean(eps, x_t, schedule.alpha_t[step], schedule.alpha_prev[step], schedule.sigma[step],
                          parts.pipe.scheduler.config.prediction_type)
 

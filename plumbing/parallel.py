@@ -107,13 +107,6 @@ def own(pairs, pictures: int):
     return pairs[(pairs[:, 0] >= 0) & (pairs[:, 0] < pictures)]
 
 
-def filled(n: int, size: int, dtype):
-    """Indices that repeat n pairs up to a whole micro-batch: a process's part of a share leaves a broken one,
-    and in bf16 another batch shape rounds otherwise (in float32 by too little to matter)."""
-    whole = world() == 1 or dtype == torch.float32 or n == size
-    return slice(None) if whole else torch.arange(size) % n
-
-
 def total(figures: dict, largest: tuple = ()) -> dict:
     """Each figure's sum over the processes, or its largest value."""
     told = gather(figures)

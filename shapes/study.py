@@ -48,7 +48,7 @@ VARIANTS = {  # name: flags, and the work after which it is measured
     "no-safe-anchors": ("--anchors shapes/anchors_negative.txt", (16,)),
     "divisor-group": ("--divisor group", (16,)),
     "one-kl": ("--kl-benign 0.04", (16,)),
-    "less-kl": ("--kl 0.01", (16, 60)),
+    "less-kl": ("--kl 0.01", (12, 16, 60, 90)),
     "world-1": (f"--model {WORLD} --clip {WORLD}/text_encoder", (60,))}
 BASES = {"base": os.path.relpath(WEIGHTS, ROOT), "base-world-1": WORLD}
 GUIDANCES = (2.75, 7.5)
