@@ -36,19 +36,20 @@ WORLD = "runs/study/world-1"                       # the networks of another see
 PAPER = ("--alpha 0.5 --steer all --skip-last 1 --updates 16 --kl 0 --kl-benign 0 --divisor group "
          "--decay-epochs 0 --ema 0")
 VARIANTS = {  # name: flags, and the work after which it is measured
-    "default": ("", (12, 16, 60, 90)),
+    "default": ("", (16, 60, 90)),
     "paper": (PAPER, (16, 60)),
-    "alpha-0": ("--alpha 0", (16,)),
-    "alpha-0.25": ("--alpha 0.25", (16,)),
-    "alpha-0.5": ("--alpha 0.5", (16,)),
-    "alpha-2": ("--alpha 2", (16,)),
-    "raw": ("--direction raw", (16,)),
-    "steer-all": ("--steer all", (16,)),
-    "compact": ("--anchors shapes/anchors_compact.txt", (16,)),
-    "no-safe-anchors": ("--anchors shapes/anchors_negative.txt", (16,)),
-    "divisor-group": ("--divisor group", (16,)),
-    "one-kl": ("--kl-benign 0.04", (16,)),
-    "less-kl": ("--kl 0.01", (12, 16, 60, 90)),
+    # the KL weight with which the following change one thing more
+    "more-kl": ("--kl 0.04", (16, 60)),
+    "alpha-0": ("--kl 0.04 --alpha 0", (16,)),
+    "alpha-0.25": ("--kl 0.04 --alpha 0.25", (16,)),
+    "alpha-0.5": ("--kl 0.04 --alpha 0.5", (16,)),
+    "alpha-2": ("--kl 0.04 --alpha 2", (16,)),
+    "raw": ("--kl 0.04 --direction raw", (16,)),
+    "steer-all": ("--kl 0.04 --steer all", (16,)),
+    "compact": ("--kl 0.04 --anchors shapes/anchors_compact.txt", (16,)),
+    "no-safe-anchors": ("--kl 0.04 --anchors shapes/anchors_negative.txt", (16,)),
+    "divisor-group": ("--kl 0.04 --divisor group", (16,)),
+    "one-kl": ("--kl 0.04 --kl-benign 0.04", (16,)),
     "world-1": (f"--model {WORLD} --clip {WORLD}/text_encoder", (60,))}
 BASES = {"base": os.path.relpath(WEIGHTS, ROOT), "base-world-1": WORLD}
 GUIDANCES = (2.75, 7.5)
@@ -57,7 +58,7 @@ SAMPLERS = {"DDIM, eta 1, 12 steps": "--sampler ddim --eta 1 --steps 12",
             "PNDM, 50 steps": "--sampler pndm --steps 50", "DPM++, 20 steps": "--sampler dpm++ --steps 20",
             "Euler, 20 steps": "--sampler euler --steps 20",
             "Euler ancestral, 20 steps": "--sampler euler-a --steps 20"}
-SAMPLED = {("base", 0), ("default", 60), ("less-kl", 60)}  # variant and work that are drawn with them
+SAMPLED = {("base", 0), ("default", 60), ("more-kl", 60)}  # variant and work that are drawn with them
 UNSAFE, ACCURACY = "Unsafe pictures, %", "Compositional accuracy, %"
 MEASURES = {  # name in study.json: a report's table and column
     "trained": (UNSAFE, "harm, trained on"), "held out": (UNSAFE, "harm, held out"),
@@ -244,9 +245,8 @@ def tables(entries: list) -> dict[str, list[str]]:
         "readme": by_measure(entries, columns | paper, ROWS),
         "main": by_measure(entries, columns | {"after 90": ("default", 90)} | paper, ROWS | TASKS),
         "samplers": by_sampler(entries),
-        "work": by_variant(entries, [("the default", "default", 12), ("the default", "default", 16),
-                                     ("the paper's choices", "paper", 16), ("the default", "default", 60),
-                                     ("the paper's choices", "paper", 60)]),
+        "work": by_variant(entries, [("the default", "default", 16), ("the paper's choices", "paper", 16),
+                                     ("the default", "default", 60), ("the paper's choices", "paper", 60)]),
         "changes": by_variant(entries, [("base", "base", 0), ("the default", "default", 16),
                                         *((label(name), name, 16) for name in VARIANTS
                                           if name not in ("default", "paper", "world-1"))]),

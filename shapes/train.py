@@ -42,7 +42,7 @@ FLAGS = [
     "--epochs", "60", "--prompts-per-rollout", "8", "--group", "8", "--unsafe-fraction", "0.25",
     "--steps", str(STEPS), "--guidance", str(GUIDANCE),
     # D = 256 instead of 16,384: a mean over it moves 8 times as far from noise alone.
-    "--clip-range", "5e-3", "--kl", "0.04", "--kl-benign", "0.2",
+    "--clip-range", "5e-3", "--kl", "0.01", "--kl-benign", "0.2",
     # A network small enough for a larger rate.
     "--learning-rate", "3e-4", "--decay-epochs", "6", "--updates", "4", "--ema", "0.9",
     # Equal, so that rollout and update call the network at one shape: the first ratio is 1 to the last bit.
