@@ -10,10 +10,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import sample
 import shapes.train
 import train
 
-pytestmark = pytest.mark.xdist_group("cli")  # which share one run
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "shapes" / "weights"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -80,11 +80,13 @@ def test_a_run_leaves_curves_and_a_grid_with_frames(trained):
         assert colors[255, 0, 0] % (4 * 2 * (128 + 2)) == 0 < colors[255, 0, 0]  # whole frames, 2 pixels thick
 
 
-def test_a_film_strip_of_three_models_on_one_noise(trained, tmp_path):
+def test_a_film_strip_of_three_models_on_one_noise(trained, tmp_path, capsys):
     """Prompt by prompt the models in the order given: base, final and base again. At eta = 0 and after two rollouts
     the first two are alike, and closer than two prompts are."""
-    printed = command("sample.py", "--model", WEIGHTS, "--compare", trained[0] / "final", WEIGHTS, "--prompt", "a star",
-                      "two rings", "--seed", 0, 1, "--steps", 4, "--eta", 0, "--out", tmp_path / "grid.png")
+    argv = ["--model", WEIGHTS, "--compare", trained[0] / "final", WEIGHTS, "--prompt", "a star", "two rings",
+            "--seed", 0, 1, "--steps", 4, "--eta", 0, "--out", tmp_path / "grid.png"]
+    sample.main([str(word) for word in argv])
+    printed = capsys.readouterr().out
     assert printed.startswith("version ") and "12 pictures" in printed
     grid = Image.open(tmp_path / "grid.png")
     tops = [21 + 31 * (1 + i // 3) + 132 * i for i in range(6)]  # the seeds, a caption to each prompt, the rows

@@ -6,42 +6,41 @@
 import errno
 import os
 import random
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from started import ROOT, figures, quick_main, quick_script, start, tiny, wait_for
+from started import figures, quick_main, quick_script, start, tiny, wait_for
 
 from plumbing import lock
 
 FLAGS = ["--epochs", 3, "--updates", 1, "--micro-batch", 4, "--sample-batch", 4, "--keep", 9]
-HOLD = "from pathlib import Path; from plumbing import lock; import sys, time; lock.hold(Path(sys.argv[1])); "
 
 
-def holder(folder, then="print('held', flush=True); time.sleep(60)"):
-    return subprocess.Popen([sys.executable, "-c", HOLD + then, str(folder)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def hold(folder):
+    lock.hold(folder)
+    print("held", flush=True)
+    time.sleep(60)
 
 
 def test_the_second_start_is_told_who_holds_it_until_its_owner_dies(tmp_path):
-    first = holder(tmp_path)
-    assert first.stdout.readline() == "held\n"
+    said = tmp_path / "log"
+    first = start(said, hold, tmp_path)
+    wait_for(lambda: said.exists() and said.read_text() == "held\n", first.is_alive)
     with pytest.raises(ValueError) as error:
         lock.hold(tmp_path)
     said = str(error.value)
     assert f"{tmp_path} is in use by process {first.pid} on " in said
     assert f"since {time.strftime('%Y-')}" in said
     assert "another --out" in said and "\n" not in said
-    first.kill()
-    first.communicate()
+    first.kill(), first.join()
     lock.hold(tmp_path)
     assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
     lock.hold(tmp_path)  # again in this process: a run and then its continuation
-    second = holder(tmp_path)
-    assert f"in use by process {os.getpid()}" in second.communicate()[1]
+    second = start(tmp_path / "second", hold, tmp_path)
+    second.join()
+    assert f"in use by process {os.getpid()}" in (tmp_path / "second").read_text()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
@@ -73,7 +72,6 @@ def whole(models, tmp_path_factory):
     return out
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("second", [[], ["--resume"], ["--overwrite"]], ids=["same", "resume", "overwrite"])
 def test_of_two_runs_on_one_folder_one_wins(second, models, whole, tmp_path):
     """They start at almost the same time; the winner does not end before the loser."""

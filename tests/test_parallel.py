@@ -36,7 +36,6 @@ FLAGS = ["--epochs", "3", "--prompts-per-rollout", "4", "--group", "2", "--steps
         "--micro-batch", "8", "--sample-batch", "8", "--unsafe-fraction", "0.5", "--save-every", "1",
         "--keep", "4", "--decay-epochs", "0", "--learning-rate", str(RATE)]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-pytestmark = pytest.mark.xdist_group("processes")
 
 
 # -------------------------------------------------------------------------------- starting processes

@@ -247,7 +247,6 @@ def on_an_ascii_pipe(pipe, argv):
     quick_script(argv)
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_pipe_that_is_closed_and_letters_it_lacks_do_not_end_a_run(models, tmp_path):
     """As `train.py ... 2>&1 | head -1`, on an ASCII output, with a Cyrillic category."""
     (tmp_path / "prompts.txt").write_text("[насилие]\na red star\n[benign]\na blue star\n", encoding="utf-8")
@@ -310,7 +309,6 @@ def script(reason):
     stop.run_script("x.py", Mock(side_effect=reason))
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("reason, said, code", [
     (KeyboardInterrupt(), "x.py: stopped", 130), (ValueError("bad"), "x.py: bad", 1)])
 def test_a_script_ends_in_one_line(reason, said, code, tmp_path):

@@ -82,7 +82,6 @@ def assert_same_checkpoint(a, b):
 
 # -------------------------------------------------------------------------------- kills and signals
 
-@pytest.mark.xdist_group("processes")
 def test_killed_at_any_moment_and_continued_to_the_bit(models, tmp_path):
     """SIGKILL while loading, in an epoch, and while a checkpoint is written: nothing differs at the end."""
     rng, struck, torn, epochs = random.Random(0), [], 0, 3 * KILLS + 4
@@ -142,7 +141,6 @@ def on_a_slow_disk(argv):
     quick_script(argv)
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_second_signal_stops_at_once(models, tmp_path):
     process = start(tmp_path / "log", on_a_slow_disk, tiny(models, "--epochs", 100000, "--out",
                                                            tmp_path / "run"))
