@@ -8,6 +8,11 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch, which pytest's own process need not import
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first: a worker takes whole files, and so both end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in ("test_runs.py", "test_parallel.py"))
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Two tiny random pipelines on the shapes world's captions, epsilon and v-prediction, in folders a and b,
