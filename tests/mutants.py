@@ -73,7 +73,7 @@ MUTANTS = [  # file, exact old text, new text, what it breaks
     ("train.py", "advantages.cpu().nonzero()", "(advantages < 9).nonzero()", "zero advantages taught"),
     ("train.py", "(batch.latents[image, step + 1], mu, s)", "(batch.latents[image, step], mu, s)",
      "transition one off"),
-    ("train.py", "again = parts.dtype != torch.float32", "again = False", "bf16 compared with the rollout"),
+    ("train.py", "again = parts.dtype != torch.float32", "again = False", "bf16 compares with the rollout"),
     ("train.py", "log_probs[image, step] = log_prob", "log_probs[image, 0] = log_prob", "old ones of one step"),
     ("train.py", "torch.no_grad(), without_adapter", "without_adapter", "the base not detached"),
     ("train.py", "loss = loss + (beta * kl).mean()", "loss = loss", "KL missing"),

@@ -16,6 +16,32 @@ from plumbing import texts
 from reward import Prompt
 
 
+class ByPlace(torch.nn.Module):
+    """A UNet whose output also depends, by a hundredth, on a row's place in the batch, as on a GPU its last
+    digits do."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = tiny_unet()
+
+    def forward(self, x, *rest, **named):
+        out = self.unet(x, *rest, **named)
+        out.sample = out.sample + 1e-2 * torch.arange(len(x))[:, None, None, None]
+        return out
+
+
+def test_a_network_that_rounds_by_the_row_moves_no_ratio_in_bf16(monkeypatch):
+    """Nor does a broken micro-batch. Compared with the rollout's the ratio is off by more than the clip range."""
+    unet = ByPlace()
+    with sample.autocast("cpu", torch.bfloat16):
+        batch = rollout_for(unet, batch_size=4)
+    stats, _ = updated(unet, copy.deepcopy(unet), copy.copy(batch), torch.bfloat16, micro_batch=5)
+    assert stats["ratio_dev_first"] == 0.0 and stats["kl_ref_first"] == 0.0
+    monkeypatch.setattr(train, "old_log_probs", lambda parts, batch, *_: batch.log_probs)
+    stats, _ = updated(unet, copy.deepcopy(unet), batch, torch.bfloat16, micro_batch=5)
+    assert stats["ratio_dev_first"] > args_for().clip_range
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_groups_have_streams_of_their_own(shared):
     """Initial noise by (seed, epoch, prompt, picture), or without the picture; pictures of 16 x 16."""
