@@ -9,7 +9,7 @@ Departures from the paper (arXiv 2605.18719) and from its released code, with re
  2. stored latents are float32: what is scored is what is trained on, so the ratio of the first update is 1
  3. the last two transitions are left out: at T = 50 one of them carries half of the gradient's variance
  4. P = 8 prompts and 2 updates per rollout, for one GPU
- 5. under bf16 the update computes the old log-probabilities again, in its own batches, which round otherwise
+ 5. under bf16 the update computes the old log-probabilities again, in its own batches: others round otherwise
 
     python train.py --prompts prompts/i2p.txt --out runs/sd14      # SD v1.4, on one GPU
     python -m shapes.train                                         # the shapes world, minutes on a laptop
@@ -193,7 +193,7 @@ def choose_transitions(advantages, trained: int, fraction: float, generator):
 
 
 def step_mean(parts: Parts, unet, batch: Rollout, pairs, args):
-    """The mean (n, C, h, w) that a UNet gives to x_p of some transitions, pairs (n, 2) of picture and step."""
+    """The mean mu (n, C, h, w) of x_p by a UNet; pairs (n, 2): picture and transition."""
     image, step = pairs.unbind(1)
     x_t, schedule = batch.latents[image, step], parts.schedule
     with autocast(parts.device, parts.dtype):
@@ -205,11 +205,13 @@ def step_mean(parts: Parts, unet, batch: Rollout, pairs, args):
 
 @torch.no_grad()
 def old_log_probs(parts: Parts, batch: Rollout, micros: list, args, bar):
-    """The rollout's log-densities (B, T), those of the micro-batches' pairs computed again before any step,
-    in the very calls that `update` makes. On a GPU a row's last bf16 digits depend on the rows beside it, and
-    a clip range of 1e-4 would take that for learning: |rho - 1| was 7e-4 on an H200."""
+    """The rollout's log-densities (B, T), those of the pairs computed again before any step, in the calls that
+    `update` makes. micros: of each share its micro-batches, (n, 2) each.
+
+    On a GPU a row's last bf16 digits depend on the rows beside it, and a clip range of 1e-4 would take that
+    for learning: |rho - 1| was up to 7.6e-4 on an H200."""
     log_probs = batch.log_probs.clone()
-    for pairs in micros:
+    for pairs in (micro for share in micros for micro in share):
         image, step = pairs.unbind(1)
         mu = step_mean(parts, parts.policy, batch, pairs, args)
         log_probs[image, step] = log_prob(batch.latents[image, step + 1], mu, parts.schedule.sigma[step])
@@ -244,7 +246,7 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
     count, so that neither T nor the micro-batch changes the gradient. SUMS are added up over `pairs`
     transitions; ratio_dev_first is the largest |rho - 1| before the first step, kl_ref_first the mean KL to
     the base there (0 in the first epoch). Raises stop.NotFinite before a step that would ruin the weights.
-    batch holds one process's pictures; the pairs are those of all."""
+    batch holds one process's pictures; the pairs are those of all. Under bf16 its log_probs are replaced."""
     trained, optimizer = args.steps - args.skip_last, parts.optimizer
     params = optimizer.param_groups[0]["params"]
     pairs = choose_transitions(*parallel.rows(batch.advantages), trained, args.timestep_fraction,
@@ -258,7 +260,7 @@ def update(parts: Parts, batch: Rollout, args, epoch: int) -> dict:
     deviation = first = norms = kl_first = torch.zeros((), device=parts.device)  # the first two are maxima
     bar = tqdm(total=sum(map(len, micros)) * (1 + again), desc="update", leave=False, disable=None)
     if again:
-        batch.log_probs = old_log_probs(parts, batch, sum(micros, ()), args, bar)
+        batch.log_probs = old_log_probs(parts, batch, micros, args, bar)
     for n, share in enumerate(shares):
         optimizer.zero_grad(set_to_none=True)
         watched = []
@@ -309,7 +311,6 @@ def main(argv=None, judge=None, table_prompts=None):
         with checkpoint.replacing(run), stop.signals_noted():
             for epoch in tqdm(range(done, args.epochs), "epochs", args.epochs, initial=done, disable=None):
                 clock = log.Clock(device)
-
                 # sample: P prompts, G pictures of each, with all that the update needs
                 chosen = choose_prompts(parts.unsafe, parts.benign, args, epoch)
                 batch, images = sample_groups(parts, chosen, args, epoch)

@@ -111,7 +111,7 @@ def said(error) -> str:
     """An error in words."""
     if isinstance(error, torch.OutOfMemoryError):
         return (f"the GPU's memory is full ({str(error).split('. ')[0]}). In training, lower --sample-batch "
-                "and --micro-batch, together, or train adapters with --lora-rank 16 (docs/speed.md has the "
+                "and --micro-batch, or train adapters with --lora-rank 16 (docs/speed.md has the "
                 "peak of each), and continue with --resume: checkpoints are whole. Elsewhere, lower --batch")
     return str(error) if isinstance(error, (*ENDINGS, *MENDED)) else f"{type(error).__name__}: {error}"
 

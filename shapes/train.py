@@ -48,7 +48,8 @@ FLAGS = [
     # Equal, so that rollout and update call the network at one shape: the first ratio is 1 to the last bit.
     "--sample-batch", "32", "--micro-batch", "32",
     # Small enough, too, for float32 on a GPU, so that a run is the same wherever it is.
-    "--precision", "float32", "--no-checkpointing", "--show-unsafe", "--save-every", "20", "--picture-every", "10"]
+    "--precision", "float32",
+    "--no-checkpointing", "--show-unsafe", "--save-every", "20", "--picture-every", "10"]
 
 
 def judge(images, prompts: list[Prompt], unsafe) -> dict:

@@ -46,13 +46,13 @@ def parts():
 
 # -------------------------------------------------------------------------------- speed
 
-@pytest.mark.parametrize("words", [[], ["--lora-rank", "2"],
+@pytest.mark.parametrize("words", [[], ["--lora-rank", "2"], ["--precision", "bf16"],
                                    ["--kl", "0", "--kl-benign", "0", "--guidance", "1"]])
 def test_an_epoch_makes_the_calls_that_arithmetic_asks_for(words, parts):
     """At full batches, and the floor replays them, one by one."""
     args = flags("--group", "3", "--micro-batch", "4", "--sample-batch", "4", "--updates", "2", *words)
-    lora, free = "--lora-rank" in words, "--kl" in words
-    parts = speed.set_up(args, 0) if lora else parts
+    lora, free, half = "--lora-rank" in words, "--kl" in words, "--precision" in words
+    parts = speed.set_up(args, 0) if lora or half else parts
     calls, again = ({name: [] for name in speed.PHASES} for _ in range(2))
     stats = speed.run_epoch(parts, args, 0, lambda name: speed.recorded(parts, calls[name]))
     speed.floor(parts, calls, lambda name: speed.recorded(parts, again[name]))
@@ -60,10 +60,10 @@ def test_an_epoch_makes_the_calls_that_arithmetic_asks_for(words, parts):
             for name in ("unet", "base", "vae", "clip")}
     micro = 2 + 2  # 6 pictures of 2 transitions in two shares of 6, four at a time; as many for the base
     assert made == speed.calls_needed(args, stats["pairs"], 32) == {  # the VAE takes four pictures at a time
-        "unet": 2 * 4 + micro + micro * lora, "base": 0 if lora or free else micro, "vae": 2, "clip": 1}
+        "unet": 2 * 4 + micro * (1 + lora + half), "base": 0 if lora or free else micro, "vae": 2, "clip": 1}
     assert again == calls
     full = (4 if free else 8, 4, 8, 8)  # with its unguided half
-    assert calls["sample"][0] == ("unet", full, False) and calls["update"][0] == ("unet", full, True)
+    assert calls["sample"][0] == ("unet", full, False) and calls["update"][0] == ("unet", full, not half)
     assert all(p.grad is None for p in parts.policy.parameters())
 
 

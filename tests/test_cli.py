@@ -10,7 +10,6 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import sample
 import shapes.train
 import train
 
@@ -22,8 +21,8 @@ TRAIN = "-c", "from shapes import train; train.TABLE_CAPTIONS = 1; train.main()"
 
 
 def command(*words):
-    """What `python words...` prints in the repository's folder. It has to succeed, and no library may say anything:
-    off a terminal, where there are no bars, the programs here write on stdout alone."""
+    """What `python words...` prints in the repository's folder. It has to succeed, and no library may say
+    anything: off a terminal, where there are no bars, the programs here write on stdout alone."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
                           timeout=240)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
@@ -74,24 +73,25 @@ def test_final_is_a_pipeline_whose_unet_has_moved(trained):
 
 def test_a_run_leaves_curves_and_a_grid_with_frames(trained):
     """The judge calls some of the base's pictures unsafe, and draws a red of its own around them."""
-    with Image.open(trained[0] / "curves.png") as curves, Image.open(trained[0] / "pictures-000002.png") as grid:
+    with Image.open(trained[0] / "curves.png") as curves:
         assert curves.width == 1680 and curves.convert("L").getextrema() == (0, 255)
+    with Image.open(trained[0] / "pictures-000002.png") as grid:
         colors = {color: count for count, color in grid.getcolors(2**24)}
-        assert colors[255, 0, 0] % (4 * 2 * (128 + 2)) == 0 < colors[255, 0, 0]  # whole frames, 2 pixels thick
+    assert colors[255, 0, 0] % (4 * 2 * (128 + 2)) == 0 < colors[255, 0, 0]  # whole frames, 2 pixels thick
 
 
-def test_a_film_strip_of_three_models_on_one_noise(trained, tmp_path, capsys):
-    """Prompt by prompt the models in the order given: base, final and base again. At eta = 0 and after two rollouts
-    the first two are alike, and closer than two prompts are."""
-    argv = ["--model", WEIGHTS, "--compare", trained[0] / "final", WEIGHTS, "--prompt", "a star", "two rings",
-            "--seed", 0, 1, "--steps", 4, "--eta", 0, "--out", tmp_path / "grid.png"]
-    sample.main([str(word) for word in argv])
-    printed = capsys.readouterr().out
+def test_a_film_strip_of_three_models_on_one_noise(trained, tmp_path):
+    """Prompt by prompt the models in the order given: base, final and base again. At eta = 0 and after two
+    rollouts the first two are alike, and closer than two prompts are."""
+    printed = command("sample.py", "--model", WEIGHTS, "--compare", trained[0] / "final", WEIGHTS,
+                      "--prompt", "a star", "two rings", "--seed", 0, 1, "--steps", 4, "--eta", 0,
+                      "--out", tmp_path / "grid.png")
     assert printed.startswith("version ") and "12 pictures" in printed
     grid = Image.open(tmp_path / "grid.png")
-    tops = [21 + 31 * (1 + i // 3) + 132 * i for i in range(6)]  # the seeds, a caption to each prompt, the rows
+    tops = [21 + 31 * (1 + i // 3) + 132 * i for i in range(6)]  # the seeds, captions of prompts, the rows
     assert grid.height == tops[-1] + 132
-    rows = [grid.crop((grid.width - 132, top, grid.width - 4, top + 128)) for top in tops]  # the second seed's
+    right = grid.width - 4  # the second seed's
+    rows = [grid.crop((right - 128, top, right, top + 128)) for top in tops]
     apart = lambda a, b: sum(abs(x - y) for x, y in zip(rows[a].tobytes(), rows[b].tobytes()))
     assert apart(0, 2) == apart(3, 5) == 0
     assert 0 < apart(0, 1) < apart(0, 3) and 0 < apart(3, 4) < apart(0, 3)
@@ -113,4 +113,5 @@ def test_help_is_short_and_help_all_has_every_flag(main, capsys, monkeypatch):
         text = capsys.readouterr().out
         said[word] = {flag for flag in flags if f"  {flag}" in text}
         assert word == "--help-all" or len(text.splitlines()) < 40 and "--help-all" in text
-    assert said["--help-all"] == flags > said["--help"] > {"--model", "--prompts", "--out", "--epochs", "--resume"}
+    assert said["--help-all"] == flags > said["--help"]
+    assert said["--help"] > {"--model", "--prompts", "--out", "--epochs", "--resume"}

@@ -33,7 +33,8 @@ def test_the_worked_example_is_what_the_script_prints(tmp_path, capsys, monkeypa
     for block in blocks:
         if name := re.match(r"cat > (blue_\w+.txt) <<'END'\n", block):
             (tmp_path / name[1]).write_text(block[name.end():].partition("END\n")[0])
-    [(command, shown)] = [pair for pair in zip(blocks, blocks[1:]) if pair[0].startswith("python reward.py --clip")]
+    [(command, shown)] = [pair for pair in zip(blocks, blocks[1:])
+                          if pair[0].startswith("python reward.py --clip")]
     words = command.split()[2:]
     monkeypatch.chdir(tmp_path)
     _, out = printed(capsys, *words[2:]).split("\n", 1)  # below the version
@@ -45,9 +46,11 @@ def test_places_and_scores_are_the_rewards_own(tmp_path, capsys):
     """On unsafe, benign and unnamed prompts; of many prompts ten are listed, the worst first."""
     anchors, file = tmp_path / "anchors.txt", tmp_path / "prompts.txt"
     anchors.write_text("[safe]\na green star\na red star\n[unsafe]\na blue star\na red ring\na green ring\n")
-    file.write_text("[stars]\n" + "a red star\na ring\n" * 8 + "[]\na ring\na yellow star\n[benign]\na ring\n")
+    file.write_text("[stars]\n" + "a red star\na ring\n" * 8
+                    + "[]\na ring\na yellow star\n[benign]\na ring\n")
     Image.new("RGB", (20, 30), "red").save(tmp_path / "a.png")
-    out = printed(capsys, "--anchors", anchors, "--prompts", file, "--alpha", 0.25, "--image", tmp_path / "a.png")
+    out = printed(capsys, "--anchors", anchors, "--prompts", file, "--alpha", 0.25,
+                  "--image", tmp_path / "a.png")
     ours = reward.SteeringReward(load_clip(str(CLIP)), read_anchors(anchors), 0.25)
     ring, star = (ours.embed_text([text]) for text in ("a ring", "a red star"))
     z, carried = ((t @ ours.direction).item() for t in (ring, reward.steer(ring, ours.direction, 0.25)))
@@ -55,7 +58,8 @@ def test_places_and_scores_are_the_rewards_own(tmp_path, capsys):
     rows = {line[:32].strip(): line[32:].split() for line in out.splitlines()}
     assert rows["stars"][:5] == ["16", f"{(z + place) / 2:.3f}", f"{z:.3f}", f"{place:.3f}", "50%"]
     assert rows["benign"] == ["1", *[f"{z:.3f}"] * 3, "0%"] and z < carried < 0 < place
-    assert rows["no category, unsafe"][-2:] == [f"{carried:.3f}", "0%"] and rows["no category, safe"][0] == "1"
+    assert rows["no category, unsafe"][-2:] == [f"{carried:.3f}", "0%"]
+    assert rows["no category, safe"][0] == "1"
     assert "1 of 5 anchors stand on the wrong side:" in out and "a blue star (unsafe)" in out
     assert out.count(f"{carried:8.3f}  a ring (stars)") == 8 and "9 of 17 unsafe prompts stay" in out
     image = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(-1, -1, 30, 20)
@@ -77,14 +81,17 @@ def test_defaults_are_the_trainings(monkeypatch):
     monkeypatch.setattr("plumbing.direction.show", seen.append)
     reward.main([])
     args = train.parse_args([])
-    assert all(getattr(seen[0], name) == getattr(args, name) for name in ("clip", "anchors", "alpha", "direction"))
+    for name in ("clip", "anchors", "alpha", "direction"):
+        assert getattr(seen[0], name) == getattr(args, name)
     assert seen[0].prompts == [*args.prompts, args.benign]
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--image {}/none.png", "none.png: cannot be read as a picture"), ("--image {}", "cannot be read as a pic"),
+    ("--image {}/none.png", "none.png: cannot be read as a picture"),
+    ("--image {}", "cannot be read as a pic"),
     ("--image {}/text.png", "text.png: cannot be read as a picture"), ("--alpha nan", "--alpha nan"),
-    ("--alpha -1", "--alpha -1"), ("--prompts {}/none.txt", "none.txt"), ("--anchors {}/text.png", "under [safe]"),
+    ("--alpha -1", "--alpha -1"), ("--prompts {}/none.txt", "none.txt"),
+    ("--anchors {}/text.png", "under [safe]"),
     ("--device banana", "--device banana"), ("--clip /no/folder", "no such folder")])
 def test_bad_input_is_one_line(words, said, tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("no picture\n")

@@ -626,8 +626,9 @@ def test_i2p_end_to_end(models, tmp_path, judge_files):
     assert left in (["grid.png"], ["bars_1.png", "bars_2.png", "bars_3.png", "grid.png"])  # no picture itself
 
 
-def test_the_papers_released_checkpoints_in_one_command(models, tmp_path, judge_files, small_report, monkeypatch):
-    """README's command, and docs/evaluation.md's: three subfolders of a hub's repository, fetched one by one."""
+def test_the_papers_released_checkpoints_in_one_command(models, tmp_path, judge_files, small_report,
+                                                        monkeypatch):
+    """README's command, and docs/evaluation.md's: three subfolders of a hub's repository, one by one."""
     [command] = {block.replace("\\\n", " ") for name in ("README.md", "docs/evaluation.md")
                  for block in (ROOT / name).read_text().split("```\n")[1::2] if ":compact" in block}
     hub, fetched = tmp_path / "hub", []
@@ -645,13 +646,14 @@ def test_the_papers_released_checkpoints_in_one_command(models, tmp_path, judge_
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(StableDiffusionPipeline, "download", lambda name, **_: str(models / "b"))
     table = [(f"prompt {i}", I2P[i % 7], i, 7, 64, 64) for i in range(2)]
-    evaluate.main([*shlex.split(command)[2:], "--prompts", str(write_hub(tmp_path / "i2p.csv", table)), "--steps",
-                   "1", "--device", "cpu", "--out", str(tmp_path / "out"), *map(str, judge_files)])
+    evaluate.main([*shlex.split(command)[2:], "--prompts", str(write_hub(tmp_path / "i2p.csv", table)),
+                   "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "out"), *map(str, judge_files)])
     paper, base = "ItsMaxNorm/SafeDiffusion-R1", "CompVis/stable-diffusion-v1-4"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     made = report["provenance"]["models"]
     names = ("scaled", "compact", "empty-positive")
-    assert list(made) == [f"{paper}:scaled", base, *(f"{paper}:{name}" for name in names[1:]), f"{base} + sld-medium"]
+    assert list(made) == [f"{paper}:scaled", base, *(f"{paper}:{name}" for name in names[1:]),
+                          f"{base} + sld-medium"]
     assert made[f"{paper}:compact"]["weights_sha256"] == made[base]["weights_sha256"]  # both are folder b
     assert set(fetched) == {(paper, f"{name}/*") for name in names}
     assert {p.name for p in (tmp_path / "cache").iterdir()} == set(names)

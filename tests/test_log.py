@@ -28,7 +28,8 @@ def figures(epoch=0, **more):
 def test_record_is_computed_by_hand():
     """Three groups of two: a spread of 0.1 on an unsafe prompt, none on another, 0.3 on a benign one."""
     stats = dict(positive=4, clipped_positive=1, negative=8, clipped_negative=6, kl_old=0.24, kl_ref=2.4,
-                 pairs=12, ratio_dev_first=1e-4, ratio_dev_max=3e-3, kl_ref_first=0.1, grad_norm=0.7, updates=2)
+                 pairs=12, ratio_dev_first=1e-4, ratio_dev_max=3e-3, kl_ref_first=0.1, grad_norm=0.7,
+                 updates=2)
     line = log.record(
         epoch=5, group=2, rate=1e-5, device=CPU, stats=stats,
         rewards=torch.tensor([0.1, 0.3, 0.5, 0.5, 0.2, 0.8]),
@@ -42,7 +43,8 @@ def test_record_is_computed_by_hand():
     assert line.pop("peak_memory_gb") > 0
     assert line == pytest.approx(dict(
         epoch=5, reward_mean=0.4, reward_std=(0.1 + 0.3) / 3, reward_unsafe=0.35, reward_benign=0.5,
-        alignment=0.3, image_safety=0.1, image_safety_unsafe=-0.2, zero_std_groups=1 / 3, spread_unsafe=0.5, spread_benign=0.4,
+        alignment=0.3, image_safety=0.1, image_safety_unsafe=-0.2, zero_std_groups=1 / 3,
+        spread_unsafe=0.5, spread_benign=0.4,
         ratio_dev_first=1e-4, ratio_dev_max=3e-3, clip_frac_pos=0.25, clip_frac_neg=0.75,
         kl_ref_first=0.1, kl_ref=0.2, kl_old=0.02, grad_norm=0.7, lr=1e-5, updates=2,
         seconds_sample=1.0, seconds_reward=0.5, seconds_update=1.5, images_per_second=2.0), rel=1e-6)
@@ -51,10 +53,11 @@ def test_record_is_computed_by_hand():
 def test_record_of_a_rollout_that_taught_nothing():
     """Without a spread and without benign prompts: shares of nothing are 0, means of nothing None."""
     ones = torch.ones(4)
-    stats = dict.fromkeys(("positive", "negative", "clipped_positive", "clipped_negative", "kl_old", "kl_ref",
-                           "ratio_dev_first", "ratio_dev_max", "kl_ref_first", "grad_norm", "pairs", "updates"), 0)
+    names = ("positive", "negative", "clipped_positive", "clipped_negative", "kl_old", "kl_ref",
+             "ratio_dev_first", "ratio_dev_max", "kl_ref_first", "grad_norm", "pairs", "updates")
     line = log.record(epoch=0, rewards=ones, alignment=ones, safety=ones, z_image=torch.ones(4, 1),
-                      advantages=0 * ones, group=2, unsafe=ones > 0, stats=stats, rate=0.1, seconds=dict(seconds_sample=1.0), device=CPU)
+                      advantages=0 * ones, group=2, unsafe=ones > 0, stats=dict.fromkeys(names, 0), rate=0.1,
+                      seconds=dict(seconds_sample=1.0), device=CPU)
     assert line["reward_benign"] is None and line["reward_unsafe"] == 1 and line["zero_std_groups"] == 1
     assert line["clip_frac_pos"] == line["clip_frac_neg"] == line["kl_ref"] == line["kl_old"] == 0
 
@@ -119,7 +122,8 @@ def test_trend_is_the_difference_of_two_means_or_nothing():
 
 
 @pytest.mark.parametrize("seconds, said", [
-    (0.44, "0.44 s"), (10.4, "10 s"), (99.4, "99 s"), (99.6, "1.7 min"), (5000, "83 min"), (9000, "2.5 h"), (10**6, "12 d")])
+    (0.44, "0.44 s"), (10.4, "10 s"), (99.4, "99 s"), (99.6, "1.7 min"), (5000, "83 min"), (9000, "2.5 h"),
+    (10**6, "12 d")])
 def test_durations_have_two_digits(seconds, said):
     assert log.duration(seconds) == said
 
@@ -201,20 +205,24 @@ def test_running_mean_is_of_what_is_there():
 def test_curves_mark_gaps_warnings_and_a_judge(tmp_path, monkeypatch):
     """No unsafe prompt in the second of 30 rollouts; the KL's warning at the twelfth; a judge's figure."""
     kept = []
-    monkeypatch.setattr(pytest.importorskip("matplotlib.figure").Figure, "savefig", lambda *a, **_: kept.append(a))
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure_class, "savefig", lambda *a, **_: kept.append(a))
     metrics = log.Log(tmp_path / "metrics.jsonl", 1e-4)
     for i in range(30):
-        metrics.append(figures(i, reward_unsafe=None if i == 1 else 0.1 * i, kl_ref=0.01 * i, my_score=None if i < 5 else 0.5,
-                               reward_std=0.1, ratio_dev_max=0.1, image_safety=0.0, spread_benign=0.2))
+        metrics.append(figures(i, reward_unsafe=None if i == 1 else 0.1 * i, kl_ref=0.01 * i,
+                               my_score=None if i < 5 else 0.5, reward_std=0.1, ratio_dev_max=0.1,
+                               image_safety=0.0, spread_benign=0.2))
     curves.draw_curves(tmp_path, 1e-4)
     (figure, path), = kept
     axes = {axis.get_title(): axis for axis in figure.axes}
     assert path == tmp_path / "curves.png" and list(axes)[:2] == ["reward", "my score"]
     assert len(axes) == 9 and "variety within a group" in axes
     raw, mean = axes["reward"].lines[:2]
-    assert math.isnan(raw.get_ydata()[1]) and mean.get_ydata()[1] == 0 and raw.get_xdata().tolist() == list(range(1, 31))
+    assert math.isnan(raw.get_ydata()[1]) and mean.get_ydata()[1] == 0
+    assert raw.get_xdata().tolist() == list(range(1, 31))
     kl = axes["KL to the base"]
-    assert [line.get_xdata() for line in kl.lines[2:]] == [[12, 12]] and kl.texts[0].get_text() == " warning: KL "
+    assert [line.get_xdata() for line in kl.lines[2:]] == [[12, 12]]
+    assert kl.texts[0].get_text() == " warning: KL "
     assert not axes["reward"].texts and len(axes["my score"].lines) == 2
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert curves.draw_curves(tmp_path, 1e-4) is None and len(kept) == 1

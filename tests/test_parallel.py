@@ -130,7 +130,8 @@ def same_bits(a, b):
 
 def gradient(rank, out):
     """The gradient and statistics of one update of a tiny UNet on 4 transitions of each of 12 pictures in 6
-    groups, of which this process has its share."""
+    groups, of which this process has its share; and the first ratio of the same in bf16, at broken
+    micro-batches."""
     parallel.join()
     torch.manual_seed(0)
     policy = UNet2DConditionModel(
@@ -162,7 +163,10 @@ def gradient(rank, out):
     parts.optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     parallel.BUCKET = 10_000  # several buckets
     stats = train.update(parts, batch, args, 0)
-    torch.save((torch.cat([p.grad.flatten() for p in policy.parameters()]), stats), f"{out}.{rank}")
+    found = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    parts.dtype, args.micro_batch = torch.bfloat16, 3
+    half = train.update(parts, batch, args, 0)["ratio_dev_first"]
+    torch.save((found, stats, half), f"{out}.{rank}")
 
 
 # -------------------------------------------------------------------------------- the same run
@@ -173,14 +177,15 @@ def test_the_gradient_of_several_processes_is_that_of_one(folder):
         started = Started(W, folder / f"gradient-log{W}", gradient, str(folder / f"gradient{W}"))
         assert started.codes() == [0] * W, started.said()
         found[W] = [torch.load(folder / f"gradient{W}.{rank}") for rank in range(W)]
-    [(g, stats)] = found[1]
+    [(g, stats, _)] = found[1]
     for W in (2, 3):
-        for other, told in found[W]:
+        for other, told, _ in found[W]:
             assert (other - g).norm() < 1e-6 * g.norm()
             assert torch.equal(other, found[W][0][0])  # to the bit the same on every process
             assert told == pytest.approx(stats, rel=1e-5, abs=1e-6)
     # the micro-batch divides what each has: the network is called at the rollout's shape
-    assert [told["ratio_dev_first"] for W in found for _, told in found[W]] == [0] * 6
+    assert [told["ratio_dev_first"] for W in found for _, told, _ in found[W]] == [0] * 6
+    assert [half for W in found for _, _, half in found[W]] == [0] * 6
     assert stats["pairs"] == 40
 
 

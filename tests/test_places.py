@@ -318,8 +318,9 @@ def test_a_script_ends_in_one_line(reason, said, code, tmp_path):
 
 
 def test_a_version_is_the_commit_and_says_where_files_differ(tmp_path, monkeypatch):
-    git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words],
-                                        check=True, capture_output=True, text=True).stdout.strip()
+    own = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e"]
+    git = lambda *words: subprocess.run([*own, *words], check=True, capture_output=True,
+                                        text=True).stdout.strip()
     monkeypatch.setattr(output, "ROOT", tmp_path / "copy")  # a download inside another repository
     (tmp_path / "copy").mkdir()
     git("init", "-q")
@@ -329,7 +330,8 @@ def test_a_version_is_the_commit_and_says_where_files_differ(tmp_path, monkeypat
     git("add", "file"), git("commit", "-qm", "first"), git("tag", "v1")
     assert output.commit() == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("b")
-    assert output.heading("runs/x") == f"version  commit {git('rev-parse', 'HEAD')[:10]}+changes, writes to runs/x"
+    short = git("rev-parse", "HEAD")[:10]
+    assert output.heading("runs/x") == f"version  commit {short}+changes, writes to runs/x"
 
 
 @pytest.mark.parametrize("models, names", [
@@ -354,14 +356,17 @@ def test_a_grid_has_captions_that_wrap_and_frames(tmp_path):
         pixels = np.array(grid)
         where = np.argwhere((pixels == (255, 0, 0)).all(-1))
         left = where[:, 1].min()
-        assert where[:, 0].min() == tops[1] - 2 and where[:, 0].max() == tops[1] + 97 and len(where) == 4 * 2 * 98
+        assert where[:, 0].min() == tops[1] - 2 and where[:, 0].max() == tops[1] + 97
+        assert len(where) == 4 * 2 * 98
         assert all((pixels[top:top + 96, left + 2:left + 98] == 128).all() for top in tops)
 
 
 @pytest.mark.parametrize("seen, framed", [
-    ({"exact_unsafe": 1.0}, True), ({"exact_unsafe": 0.5, "exact_correct": 1.0}, False), ({"unsafe": None}, False), ({}, False)])
+    ({"exact_unsafe": 1.0}, True), ({"exact_unsafe": 0.5, "exact_correct": 1.0}, False),
+    ({"unsafe": None}, False), ({}, False)])
 def test_a_picture_that_the_judge_calls_unsafe(seen, framed):
-    assert pictures.looks_unsafe(lambda images, prompts, unsafe: seen, torch.zeros(3, 8, 8), Prompt("a")) is framed
+    judge = lambda images, prompts, unsafe: seen
+    assert pictures.looks_unsafe(judge, torch.zeros(3, 8, 8), Prompt("a")) is framed
     assert not pictures.looks_unsafe(None, torch.zeros(3, 8, 8), Prompt("a"))
 
 
@@ -372,7 +377,8 @@ def test_labels_are_in_letters_that_the_font_has(text):
     assert all(c == " " or bytes(pictures.FONT.getmask(c)) != missing for c in shown)
     assert bool(shown) == bool(text)
     lines = pictures.wrapped(text, 100)
-    assert max(map(pictures.FONT.getlength, lines)) <= 100 and "".join(lines).replace(" ", "") == shown.replace(" ", "")
+    assert max(map(pictures.FONT.getlength, lines)) <= 100
+    assert "".join(lines).replace(" ", "") == shown.replace(" ", "")
 
 
 def test_fid_folders_are_read_as_clean_fid_reads_them(tmp_path):

@@ -115,8 +115,9 @@ def test_wrong_pictures_are_wrong():
 # unsafe mask over five pictures: a red star and a blue one for "a red star", then for "a blue ring" a blue
 # ring, a red ring, a green circle; for "a ring" a green one and two black ones. None: no such prompt
 @pytest.mark.parametrize("unsafe, figures", [
-    ("11000000", (1 / 2, 4 / 6, math.exp(math.log(3) - 2 / 3 * math.log(2)))), ("11111111", (2 / 8, None, None)),
-    ("00000000", (None, 5 / 8, math.exp(math.log(3) - 2 / 3 * math.log(2)))), ("01101011", (0.0, 2 / 3, 1.0))])
+    ("11000000", (1 / 2, 4 / 6, math.exp(math.log(3) - 2 / 3 * math.log(2)))),
+    ("00000000", (None, 5 / 8, math.exp(math.log(3) - 2 / 3 * math.log(2)))),
+    ("11111111", (2 / 8, None, None)), ("01101011", (0.0, 2 / 3, 1.0))])
 def test_judge(unsafe, figures):
     shown = [("red", "star"), ("blue", "star"), ("blue", "ring"), ("red", "ring"), ("green", "circle"),
              ("green", "ring"), ("black", "ring"), ("black", "ring")]

@@ -1,4 +1,4 @@
-"""The study: what it runs, in which order, that it goes on, and that its tables follow from docs/study.json."""
+"""The study: what it runs, in which order, that it goes on, and that its tables follow from study.json."""
 
 import json
 import re
@@ -28,13 +28,14 @@ def test_tables_follow_from_study_json(file):
 def test_every_entry_says_how_it_was_made():
     assert len({study.key_of(e) for e in ENTRIES}) == len(ENTRIES)
     for entry in ENTRIES:
-        assert re.fullmatch("[0-9a-f]{64}", entry["sha256"]) and re.fullmatch(r"[0-9a-f]{40}(\+changes)?", entry["commit"])
+        assert re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+        assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", entry["commit"])
         assert entry["flags"] == study.VARIANTS.get(entry["variant"], ("",))[0]
         assert entry["rollouts"] == study.rollouts(entry["flags"], entry["work"])
 
 
 def test_work_is_counted_in_calls_of_the_unet():
-    """64 pictures of 12 steps and 10 transitions, a forward and two backward of each, one of the base; x 2."""
+    """64 pictures of 12 steps and 10 transitions: a forward, two backward, one of the base of each; x 2."""
     assert study.calls(parse([])) == 2 * 64 * (12 + 10 * 4)
     assert study.calls(parse(study.PAPER.split())) == 2 * 64 * (12 + 11 * 3)
     assert [study.rollouts(study.PAPER, work) for work in (16, 60)] == [18, 69]
@@ -59,10 +60,11 @@ def programs(monkeypatch):
             (given_out / "metrics.jsonl").write_text(json.dumps(dict.fromkeys(study.CURVES, 0.5)) + "\n")
 
     cell = {"value": 1.0, "low": 0.5, "high": 2.0}
-    titles = {title for title, _ in study.MEASURES.values()}
+    cells = {title: {} for title, _ in study.MEASURES.values()}
+    for title, column in study.MEASURES.values():
+        cells[title][column] = cell
     report = {"provenance": {"commit": "0" * 40},
-              "tables": [{"title": title, "rows": [{"cells": {column: cell for of, column in study.MEASURES.values()
-                                                              if of == title}}]} for title in titles]}
+              "tables": [{"title": title, "rows": [{"cells": row}]} for title, row in cells.items()]}
     calls = []
     monkeypatch.setattr(study, "started", started)
     return calls
@@ -89,8 +91,9 @@ def test_a_study_goes_on_where_it_was_stopped(programs, tmp_path, monkeypatch, c
     assert re.search(r"default +2 +2.0 +1 of 2", capsys.readouterr().out)
     study.main(words)
     assert len(programs) == 6
+    written = re.compile(r"before\n<!-- study: main -->\n\| % .*\n<!-- end -->\nafter\n", re.DOTALL)
     for file in (docs / "shapes.md", tmp_path / "README.md"):
-        assert re.fullmatch(r"before\n<!-- study: main -->\n\| % .*\n<!-- end -->\nafter\n", file.read_text(), re.DOTALL)
+        assert written.fullmatch(file.read_text())
 
 
 def test_cells_of_samplers_are_reports_of_their_own():

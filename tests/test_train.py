@@ -31,7 +31,7 @@ class ByPlace(torch.nn.Module):
 
 
 def test_a_network_that_rounds_by_the_row_moves_no_ratio_in_bf16(monkeypatch):
-    """Nor does a broken micro-batch. Compared with the rollout's the ratio is off by more than the clip range."""
+    """Nor does a broken micro-batch. Against the rollout's the ratio is off by more than the clip range."""
     unet = ByPlace()
     with sample.autocast("cpu", torch.bfloat16):
         batch = rollout_for(unet, batch_size=4)
