@@ -8,14 +8,14 @@ are the baseline. Loss and ratio are those of PPO (arXiv 1707.06347, Eq. 7); one
     rho    = exp(logp − logp_old)           c      clip range
     mu     mean of a transition, s its deviation;  P prompts, G images per prompt, B transitions
 
-The departures from GRPO as written for language models: the KL is exact, not estimated from samples, and it
-is taken to the frozen base at every transition that is trained.
+Two departures from GRPO as written for language models: the KL is exact, not estimated from samples, and by
+default the spread of all groups divides the advantages, not a group's own.
 """
 
 import torch
 
-ADVANTAGE_CLIP = 5.0   # DDPO's (the paper's code: 2.5): an outlier must not own the update
-EPS = 1e-4             # the paper's code's; CLIP's spread within a group is about 1e-2
+ADVANTAGE_CLIP = 5.0   # DDPO's (the released code: 2.5): an outlier must not own the update
+EPS = 1e-4             # ours (released code: 1e-8); a group's spread is 0.01 to 0.06 in the shapes world
 ZERO_SPREAD = 1e-6     # rewards of a group closer than this are equal: float32 cosines are no finer
 
 
@@ -23,9 +23,9 @@ def group_advantages(rewards, divisor: str = "batch"):
     """A = (r − mean r) / (s + 1e-4), clipped to ±5: rewards (P, G) of P prompts' G images -> (P, G).
 
     The mean is the group's, over the images of one prompt. s is a standard deviation (the population's):
-    of the group itself (divisor "group", as in the paper), or, by default, the root mean square of all P
-    groups' ("batch"). The pictures of a solved prompt are all right, and what still sets their rewards apart
-    is CLIP's taste: divided by its own small spread it is as loud as a lesson, and the policy learns it.
+    of the group itself (divisor "group"; the released code's is the sample's), or, by default, the root mean
+    square of all P groups' ("batch"). When all pictures of a prompt are already right, their rewards differ
+    only by CLIP's taste. Dividing by that tiny spread turns noise into full-size advantages.
     A group without spread teaches nothing: its advantages are exactly 0, so that the caller can leave it out
     of the backward pass. Raises ValueError for groups of one."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:

@@ -6,32 +6,26 @@
     v = mean(safe anchors) − mean(unsafe anchors)        of unit text embeddings, then scaled to unit length
     r = cos( z_image, normalize(z_text + alpha·v) )      alpha = 0 for a prompt that is not steered
 
-No label, no safety model: twenty-odd short phrases on each side say what "safe" means (prompts/anchors.txt).
+No labelled pictures and no safety model, only prompts that are unsafe or benign: twenty-odd short phrases on
+each side say what "safe" means (prompts/anchors.txt).
 The diffusion model always sees the prompt as it was written; only the target of the reward moves.
 
-The paper's text takes v as the raw difference and steers unsafe prompts; its released code scales v to unit
-length and steers all. Both readings of both are here: `unit`, and `steer`. Unsafe is what the prompt file's
-category says; a prompt without a category is unsafe when z_text·v < 0.
+Project page and released code scale v to unit length, the code's README takes the raw difference; the page
+steers unsafe prompts, the code all. All readings are here: `unit`, and `steered`. Unsafe is what the prompt
+file's category says; a prompt without a category is unsafe when z_text·v < 0.
 
     python reward.py --prompts my_prompts.txt --anchors my_anchors.txt     # how a direction sees them
 """
 
-import argparse
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-BENIGN = "benign"  # the one category of prompts that is not steered
+from plumbing.prompts import Prompt
+from plumbing.stop import run_script
+
 TEXT_BATCH = 64    # prompts that are embedded at once, where only their side of the direction counts
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One line of a prompt file, and the [category] it stands under ("" for none)."""
-    text: str
-    category: str = ""
 
 
 # -------------------------------------------------------------------------------- the mathematics
@@ -82,8 +76,7 @@ class SteeringReward:
     """Scores pictures: reward(images, prompts) -> (B,). Targets are computed once per prompt and kept.
 
     clip: a CLIPModel with its tokenizer and image processor, as plumbing.models.load_clip returns them;
-    anchors: (safe phrases, unsafe phrases); steered: "unsafe" or "all"; unit:
-    whether v has unit length."""
+    anchors: (safe phrases, unsafe phrases); steered: "unsafe" or "all"; unit: whether v has unit length."""
 
     def __init__(self, clip, anchors, alpha: float = 0.5, unit: bool = True, steered: str = "unsafe",
                  device="cpu", batch_size: int = 32):
@@ -95,7 +88,6 @@ class SteeringReward:
         self.alpha, self.steered, self.device, self.batch_size = alpha, steered, device, batch_size
         self.direction = safety_direction(*map(self.embed_text, anchors), unit)
         self.kept = {}      # prompt -> its plain and its steered target
-        self.unsafe = {}    # prompt without a category -> whether z_text·v < 0
 
     @torch.no_grad()
     def embed_text(self, texts):
@@ -119,24 +111,24 @@ class SteeringReward:
             parts.append(getattr(out, "pooler_output", out).float())
         return F.normalize(torch.cat(parts), dim=-1)
 
-    def classify(self, prompts) -> dict:
-        """{prompt: whether it is an unsafe one}: by its category, or by the sign of z_text·v if it has none.
+    def decide(self, prompts) -> list[Prompt]:
+        """The prompts, each with its side: by its category, or by the sign of z_text·v if it has none.
         Embedded in the order given, in batches of one size, so that a resumed run finds the same."""
-        unknown = [p for p in dict.fromkeys(prompts) if not p.category and p not in self.unsafe]
+        unknown = [p for p in dict.fromkeys(prompts) if p.unsafe is None]
+        sides = {}
         for i in range(0, len(unknown), TEXT_BATCH):
             batch = unknown[i:i + TEXT_BATCH]
-            sides = self.embed_text([p.text for p in batch]) @ self.direction < 0
-            self.unsafe.update(zip(batch, sides.tolist()))
-        return {p: p.category != BENIGN if p.category else self.unsafe[p] for p in prompts}
+            places = self.embed_text([p.text for p in batch]) @ self.direction
+            sides.update(zip(batch, (places < 0).tolist()))
+        return [replace(p, unsafe=sides[p]) if p in sides else p for p in prompts]
 
     def targets(self, prompts):
-        """Plain and steered text targets of prompts: two of (B, d), unit rows."""
+        """Plain and steered text targets of prompts whose side is decided: two of (B, d), unit rows."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self.kept]
         if missing:
             # one by one: in a batch the last bit depends on the others in it, and a resumed run meets others
             text = torch.cat([self.embed_text([p.text]) for p in missing])
-            unsafe = self.classify(missing)
-            alpha = [self.alpha * (self.steered == "all" or unsafe[p]) for p in missing]
+            alpha = [self.alpha * (self.steered == "all" or p.unsafe) for p in missing]
             self.kept.update(zip(missing, zip(text, steer(text, self.direction, alpha))))
         plain, steered = zip(*(self.kept[p] for p in prompts))
         return torch.stack(plain), torch.stack(steered)
@@ -145,7 +137,7 @@ class SteeringReward:
         """reward, alignment (cosine to the unmoved text), image safety (z_image·v), each (B,), and z_image
         (B, d), at once."""
         prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-        plain, steered = self.targets(prompts)
+        plain, steered = self.targets(self.decide(prompts))
         z_image = self.embed_images(images)
         assert z_image.shape == steered.shape, "one picture per prompt"
         return (z_image * steered).sum(1), (z_image * plain).sum(1), z_image @ self.direction, z_image
@@ -155,24 +147,6 @@ class SteeringReward:
         return self.score(images, prompts)[0]
 
 
-# -------------------------------------------------------------------------------- the script
-
-def main(argv=None):
-    from plumbing.direction import show
-    from sample import default_device
-    parser = argparse.ArgumentParser(description="How a direction sees anchors, prompts and pictures.")
-    add, files = parser.add_argument, Path(__file__).parent / "prompts"
-    add("--prompts", nargs="+", default=[str(files / name) for name in ("i2p.txt", "benign.txt")],
-        metavar="FILE", help="prompts under [category] lines; [benign] is not carried")
-    add("--anchors", default=str(files / "anchors.txt"), metavar="FILE", help="phrases, [safe] and [unsafe]")
-    add("--clip", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="as train.py's")
-    add("--alpha", type=float, default=0.5, help="how far unsafe prompts are carried")
-    add("--direction", choices=("unit", "raw"), default="unit", help="v of length 1, or not")
-    add("--image", nargs="+", default=[], metavar="FILE", help="pictures to be scored under the prompts")
-    add("--device", default=default_device())
-    show(parser.parse_args(argv))
-
-
 if __name__ == "__main__":
-    from plumbing.stop import run_script
+    from views.direction import main
     run_script("reward.py", main)

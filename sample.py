@@ -17,13 +17,14 @@ is stored.
     python sample.py --model runs/sd14/final --compare CompVis/stable-diffusion-v1-4 --prompt "a lighthouse"
 """
 
-import argparse
 import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler
+
+from plumbing.stop import check_finite, check_pictures, run_script
 
 LOG_2PI = math.log(2 * math.pi)
 DECODE_BATCH = 4  # pictures; at 512 x 512 one tensor of the decoder's last block is 134 MB a picture, float32
@@ -51,19 +52,20 @@ def ddim_schedule(scheduler, num_steps: int, eta: float) -> Schedule:
     The betas and the spacing of the timesteps (leading, trailing, linspace; steps_offset) are read by
     diffusers. a_p belongs to the next timestep in the list, where diffusers takes t − N//T, which is beside
     the list in trailing and linspace spacing unless T divides N; after the last comes alpha-bar of step 0, or
-    1 where the configuration says set_alpha_to_one: then s is 0 there. Raises ValueError for a step count or
-    eta out of range, or a schedule that starts from pure noise."""
-    ddim = DDIMScheduler.from_config(scheduler.config)
+    1 where the configuration says set_alpha_to_one: then s is 0 there. Raises ValueError for another process
+    than the DDPM's, a step count or eta out of range, or a schedule that starts from pure noise."""
+    config, kind = scheduler.config, scheduler.config.get("prediction_type")
+    if kind not in ("epsilon", "v_prediction") or "beta_start" not in config or config.get("use_flow_sigmas"):
+        raise ValueError(f"scheduler_config.json: a {type(scheduler).__name__} with prediction_type {kind} "
+                         "is no DDPM's that predicts epsilon or v; give a Stable Diffusion 1.x or 2.x")
+    ddim = DDIMScheduler.from_config(config)
     train_steps = ddim.config.num_train_timesteps
-    if not 1 <= num_steps <= train_steps:
-        raise ValueError(f"--steps must lie between 1 and {train_steps}, not {num_steps}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"--eta must lie between 0 (deterministic) and 1 (as noisy as DDPM), not {eta}")
+    if not (1 <= num_steps <= train_steps and 0 <= eta <= 1):
+        raise ValueError(f"--steps {num_steps}, --eta {eta}: give 1 to {train_steps} steps, eta from 0 to 1")
     ddim.set_timesteps(num_steps)
     t = ddim.timesteps.long()
     if not 0 <= t.min() <= t.max() < train_steps:
-        raise ValueError(f"--steps {num_steps}: the timesteps run from {t.max()} to {t.min()}, outside 0 to "
-                         f"{train_steps - 1} (steps_offset in scheduler_config.json); give fewer steps")
+        raise ValueError(f"--steps {num_steps}: timesteps {t.min()} to {t.max()} of {train_steps}: give less")
     alphas = ddim.alphas_cumprod.double()  # float64 up to the end: 1 − a_t/a_p loses digits where a_t ≈ a_p
     alpha_t = alphas[t]
     alpha_prev = torch.cat([alpha_t[1:], ddim.final_alpha_cumprod.double().reshape(1)])
@@ -72,6 +74,8 @@ def ddim_schedule(scheduler, num_steps: int, eta: float) -> Schedule:
         raise ValueError(f"scheduler_config.json: {key} {ddim.config[key]} on {ddim.config.beta_schedule} "
                          f"betas leaves the signal {alpha_t.min():.0e} at timestep {t[alpha_t.argmin()]}; "
                          "a step from pure noise divides by it; try false, or leading spacing")
+    if not ((alpha_t <= alpha_prev) & (alpha_prev <= 1)).all():
+        raise ValueError("scheduler_config.json: alpha-bar does not fall from 1 towards 0 with these betas")
     sigma = eta * ((1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)).clamp(min=0).sqrt()
     return Schedule(t, alpha_t.float(), alpha_prev.float(), sigma.float())
 
@@ -107,7 +111,7 @@ def log_prob(x_prev, mu, sigma):
 
     logp = mean over D of [ −(x_p−mu)²/(2s²) − log s − ½·log 2π ]
 
-    A mean and not a sum, as in DDPO and in the paper's code: exp(logp − logp_old) is the true ratio to the
+    A mean and not a sum, as in DDPO and in the released code: exp(logp − logp_old) is the true ratio to the
     power 1/D, which is why clip ranges in this field are as small as 1e-4."""
     s = column(sigma, x_prev)
     per_dimension = -(x_prev - mu).square() / (2 * s * s) - s.log() - 0.5 * LOG_2PI
@@ -137,14 +141,12 @@ def autocast(device, dtype):
 
 @dataclass
 class Rollout:
-    """B trajectories, and all that an update needs to know of them."""
+    """B trajectories, with all that their log-densities depend on."""
     latents: torch.Tensor    # (B, T + 1, C, h, w) float32; [:, i] is x_t of step i, [:, i + 1] its x_p
     log_probs: torch.Tensor  # (B, T) float32, 0 where sigma is 0; (B, 0) for eta = 0, which has no density
     text: torch.Tensor       # (B, L, d) the prompts' states, float32
     null_text: torch.Tensor  # (1, L, d) the empty prompt's
-    prompts: list | None = None               # B reward.Prompts
-    unsafe: torch.Tensor | None = None        # (B,) bool: of an unsafe prompt
-    advantages: torch.Tensor | None = None    # (B,)
+    names: list              # B words for the pictures, for messages
 
 
 def image_generator(*key) -> torch.Generator:
@@ -157,14 +159,14 @@ def image_generator(*key) -> torch.Generator:
 
 @torch.no_grad()
 def rollout(unet, schedule: Schedule, text, null_text, guidance: float, generators: list, shape: tuple,
-            prediction_type: str = "epsilon", batch_size: int = 16, keep: bool = True, initial=None,
-            progress=None) -> Rollout:
+            names: list, prediction_type: str = "epsilon", batch_size: int = 16, keep: bool = True,
+            initial=None, progress=None) -> Rollout:
     """Draw B pictures' trajectories with the policy, in batches.
 
     text (B, L, d), null_text (1, L, d); generators: B, each of which draws its picture's initial noise first
-    and then the noise of every step; shape (C, h, w); keep: False keeps the last latents alone, (B, 1, C, h,
-    w); initial: (B, C, h, w) in place of the drawn initial noise; progress: a tqdm bar, advanced once per
-    network call."""
+    and then the noise of every step; shape (C, h, w); names: B words for the pictures; keep: False keeps the
+    last latents alone, (B, 1, C, h, w); initial: (B, C, h, w) in place of the drawn initial noise; progress:
+    a tqdm bar, advanced once per network call. Raises stop.NotFinite."""
     T, device = len(schedule.timesteps), text.device
     stochastic = bool((schedule.sigma > 0).any())
     kept, log_probs = [], torch.zeros(len(text), T if stochastic else 0, device=device)
@@ -187,7 +189,10 @@ def rollout(unet, schedule: Schedule, text, null_text, guidance: float, generato
             if progress is not None:
                 progress.update()
         kept.append(torch.stack(chain, 1) if keep else x[:, None])
-    return Rollout(torch.cat(kept), log_probs, text, null_text)
+    drawn = Rollout(torch.cat(kept), log_probs, text, null_text, names)
+    check_finite("latent", drawn.latents, names, -1)  # [:, 0] is the noise, [:, i + 1] transition i's
+    check_finite("log-probability", log_probs[..., None], names, 0)
+    return drawn
 
 
 def latent_shape(unet) -> tuple:
@@ -202,88 +207,40 @@ def encode_prompts(pipe, prompts: list[str]):
     length = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
     tokens = pipe.tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
                             return_tensors="pt").to(pipe.text_encoder.device)
-    masked = getattr(pipe.text_encoder.config, "use_attention_mask", False)
-    mask = tokens.attention_mask if masked else None
+    mask = tokens.attention_mask if getattr(pipe.text_encoder.config, "use_attention_mask", False) else None
     return pipe.text_encoder(tokens.input_ids, attention_mask=mask)[0].float()
 
 
 @torch.no_grad()
-def decode(vae, latents, batch_size: int = DECODE_BATCH):
-    """Latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1], on the same device."""
-    latents = (latents / vae.config.scaling_factor).to(vae.dtype)
-    parts = latents.split(batch_size)
-    return torch.cat([(vae.decode(part).sample.float() / 2 + 0.5).clamp(0, 1) for part in parts])
+def decode(vae, latents, names: list, batch_size: int = DECODE_BATCH):
+    """Latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1], on the same device. names: B words
+    for the pictures. Raises stop.NotFinite for one that failed, which nobody is to judge."""
+    latents, pictures = (latents / vae.config.scaling_factor).to(vae.dtype), []
+    for i in range(0, len(latents), batch_size):
+        part = latents[i:i + batch_size]
+        picture = vae.decode(part).sample.float()
+        check_pictures(part, picture, names[i:i + batch_size], vae.dtype)
+        pictures.append((picture / 2 + 0.5).clamp(0, 1))
+    return torch.cat(pictures)
 
 
 @torch.no_grad()
 def draw(pipe, unet, schedule: Schedule, texts: list[str], generators: list, guidance: float,
-         batch_size: int = 8, dtype=torch.float32, keep: bool = False, initial=None, progress=None):
+         batch_size: int = 8, dtype=torch.float32, names: list | None = None, **more):
     """From B prompts to pictures: encode, roll out with `unet`, decode by `pipe`'s VAE.
 
-    A prompt that stands several times in `texts` is encoded once. dtype: of the networks' compute; the rest
-    as in rollout. Returns the Rollout and the pictures (B, 3, H, W) in [0, 1]."""
+    A prompt that stands several times is encoded once. dtype: of the networks' compute; names: B words for
+    the pictures, by default the prompts; more: rollout's. Returns the Rollout and B pictures in [0, 1]."""
     distinct = list(dict.fromkeys(texts))
     row = {text: i for i, text in enumerate(distinct)}
     text = encode_prompts(pipe, distinct)[[row[text] for text in texts]]           # (B, L, d)
+    null_text, names = encode_prompts(pipe, [""]), names or [f"prompt {text!r}" for text in texts]
     with autocast(text.device, dtype):
-        drawn = rollout(unet, schedule, text, encode_prompts(pipe, [""]), guidance, generators,
-                        latent_shape(pipe.unet), pipe.scheduler.config.prediction_type, batch_size, keep,
-                        initial, progress)
-        return drawn, decode(pipe.vae, drawn.latents[:, -1])
-
-
-# -------------------------------------------------------------------------------- the script
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint into one labelled grid.")
-    add = parser.add_argument
-    add("--model", default="CompVis/stable-diffusion-v1-4",
-        help="folder, hub id, NAME:SUBFOLDER, or a run's checkpoint")
-    add("--compare", nargs="+", action="extend", default=[], metavar="MODEL",
-        help="more models, on the same noise, one below the other: a run's base and its checkpoints")
-    add("--prompt", nargs="+", action="extend", required=True, help="may be given several times")
-    add("--seed", type=int, nargs="+", default=[0], help="one picture per prompt and seed")
-    add("--steps", type=int, default=50)
-    add("--eta", type=float, default=1.0, help="0 for deterministic DDIM; the policy is trained at 1")
-    add("--guidance", type=float, default=5.0)
-    add("--batch", type=int, default=8, help="pictures drawn at once")
-    add("--device", default=default_device())
-    add("--out", default="grid.png")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    from plumbing.checks import check_drawing
-    from plumbing.models import load_pipeline, to_compute_type
-    from plumbing.output import heading
-    from plumbing.pictures import save_grid, short_names
-    args = parse_args(argv)
-    print(heading(args.out))
-    models = [args.model, *args.compare]
-    check_drawing(args)
-    texts = [prompt for prompt in args.prompt for _ in args.seed]
-    rows = []
-    for model in models:
-        pipe = load_pipeline(model, args.device)
-        schedule = ddim_schedule(pipe.scheduler, args.steps, args.eta).to(pipe.unet.device)
-        # the noise depends on the seed alone, so that models, and prompts, are compared on the same noise
-        generators = [image_generator(seed, "sample") for _ in args.prompt for seed in args.seed]
-        dtype = torch.bfloat16 if pipe.unet.device.type == "cuda" else torch.float32
-        to_compute_type(pipe.unet, dtype), to_compute_type(pipe.vae, dtype)
-        _, images = draw(pipe, pipe.unet, schedule, texts, generators, args.guidance, args.batch, dtype)
-        rows.append(images.cpu().unflatten(0, (len(args.prompt), len(args.seed))))
-        del pipe  # before the next one is loaded
-    grid = torch.stack(rows, 1).flatten(0, 2)     # prompt by prompt, the models below each other
-    names = short_names(models) * len(args.prompt) if args.compare else ()
-    save_grid(grid, args.out, len(args.seed), names, [f"seed {seed}" for seed in args.seed], args.prompt)
-    print(f"{args.out}: {len(grid)} pictures, {args.steps} steps, eta {args.eta}, guidance {args.guidance}, "
-          "no safety checker")
+        drawn = rollout(unet, schedule, text, null_text, guidance, generators, latent_shape(pipe.unet), names,
+                        pipe.scheduler.config.prediction_type, batch_size, **more)
+        return drawn, decode(pipe.vae, drawn.latents[:, -1], names)
 
 
 if __name__ == "__main__":
-    from plumbing.stop import run_script
+    from views.grid import main
     run_script("sample.py", main)

@@ -1,68 +1,91 @@
-"""Networks: those of others loaded safely (safetensors only, no code of theirs, errors that name the part),
-the policy and its base made of them, and the policy's average.
+"""Networks: those of others loaded safely, the policy and its base made of them, and the policy's average.
 
-A pickle can run code when it is opened, so no weights are read from one; a folder that brings Python code is
-refused, since diffusers would run it. What can be known from configurations and from the heads of weight
-files is checked before any weights are read.
+A pickle can run code when it is opened, so weights are read from safetensors alone; a folder with Python code
+is refused, since diffusers would run it. A model is a pipeline's folder, a hub id, NAME:SUBFOLDER of either,
+or a run's checkpoint: a pipeline, or adapters that go onto the model which its state.json names.
 """
 
 import copy
-import math
-import re
-from contextlib import contextmanager, nullcontext
+import json
+import os
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.schedulers import KarrasDiffusionSchedulers
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from torch.optim.swa_utils import AveragedModel
 from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils import cached_file
 
-from plumbing.names import check_weights, local_folder, offers, read_json, reading, trace
-from sample import ddim_schedule
+from plumbing.flags import usable
+from plumbing.hub import CLIP_FILES, fetch
 
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-# whose betas and timesteps a DDIMScheduler reads as they do
-SCHEDULERS = [kind.name for kind in KarrasDiffusionSchedulers if kind.name != "EDMEulerScheduler"] + [
-    "LCMScheduler", "TCDScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler"]
-CLASSES = {part: [network.__name__] for part, network in NETWORKS.items()} | {
-    "tokenizer": ["CLIPTokenizer", "CLIPTokenizerFast"]}
-SETTINGS = {"num_train_timesteps": int, "beta_start": float, "beta_end": float, "beta_schedule": str}
-MOST_EDGE = 4096       # pixels that a picture is scaled to for CLIP
-MOST_SIDE = 1024       # latents; a picture of 8192 x 8192
-MOST_STEPS = 100_000   # timesteps; a schedule is a table of them
-# model.safetensors, model.fp16.safetensors, and of several files model.fp16-00001-of-00002.safetensors or
-# model-00001-of-00002.fp16.safetensors
-VARIANT = re.compile(r"[\w]+?(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors$")
-# of a checkpoint: all of the UNet, or the adapters, which pipe.load_lora_weights(folder) reads
-WEIGHTS = {False: "unet/diffusion_pytorch_model.safetensors", True: "pytorch_lora_weights.safetensors"}
-AUTOCAST = torch.nn.Linear, torch.nn.Conv2d   # whose weights autocast casts
+CLASSES = {part: {network.__name__} for part, network in NETWORKS.items()} | {
+    "tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"}}
+ADAPTERS = "pytorch_lora_weights.safetensors"  # diffusers' name; a checkpoint under --lora-rank has this file
+NAMED = 5                                      # prompts in one message
+CPU_WEIGHTS = 2**28                            # bytes of a UNet that a CPU trains in minutes; SD's are 3.4 GB
+AUTOCAST = torch.nn.Linear, torch.nn.Conv2d    # whose weights autocast casts
 
 
-def variant(folder: Path) -> str | None:
-    """The variant of a folder's weight files, fp16 in model.fp16.safetensors, or None for plain ones."""
-    names = {match[1] or match[2] for file in folder.glob("*.safetensors")
-             if (match := VARIANT.match(file.name))}
-    if None in names or not names:
-        return None
-    if len(names) > 1:
-        raise ValueError(f"{folder} holds the weights of {' and '.join(sorted(names))}, none of them plain: "
-                         "leave one there")
-    return names.pop()
+# -------------------------------------------------------------------------------- what a name means
+
+def local_folder(flag: str, name: str) -> tuple[Path | None, str]:
+    """The folder that FOLDER or FOLDER:SUBFOLDER means, or None for a hub id, and the subfolder."""
+    whole, _, subfolder = name.rpartition(":")
+    if not whole or Path(name).is_dir():  # a folder's own name may hold colons
+        whole, subfolder = name, ""
+    if Path(whole).suffix == ".part":
+        raise ValueError(f"{flag} {whole}: not finished, or half removed; give a whole checkpoint")
+    if Path(whole).is_dir():
+        return Path(whole) / subfolder, subfolder
+    if Path(whole).is_file():
+        raise ValueError(f"{flag} {whole}: a file. Give a folder in diffusers' layout, with safetensors; "
+                         "a checkpoint in one file is refused, since opening a pickle can run code")
+    if whole.startswith((".", "/", "~")) or whole.count("/") != 1 or Path(whole).parent.is_dir():
+        raise ValueError(f"{flag} {name}: no such folder")
+    return None, subfolder
 
 
-def load_network(network: type, folder: str | Path, dtype=torch.float32, **more):
+def trace(flag: str, model: str) -> tuple[Path, list[Path]]:
+    """What a model is made of: a pipeline's folder, and the adapters' folders that go onto it in order. A hub
+    id's files are fetched."""
+    folder, subfolder = local_folder(flag, model)
+    if folder is None:
+        folder = fetch(flag, model.removesuffix(f":{subfolder}"), subfolder) / subfolder
+    if (folder / "model_index.json").is_file() or not (folder / ADAPTERS).is_file():
+        return folder, []
+    state = read_json(folder / "state.json")
+    start = state["start"] if Path(state["start"]).is_dir() else state["model"]  # the folder may have moved
+    base, below = trace(f"{flag} {model}, which starts from", start)
+    return base, [*below, folder]
+
+
+def find(flag: str, model: str) -> Path:
+    """The folder of the pipeline that a model is, or that its adapters go onto."""
+    return trace(flag, model)[0]
+
+
+def read_json(path: Path) -> dict:
+    """The object in a configuration file. Raises ValueError that names the file, or OSError."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # not UTF-8 is a ValueError, too
+        raise ValueError(f"{path}: not a JSON object ({error})") from None
+
+
+# -------------------------------------------------------------------------------- loading
+
+def load_network(network: type, folder: str | Path, dtype=torch.float32):
     """The one loader of networks: from_pretrained on safetensors, all of them there and of the right shape.
     For what is not, both libraries would put random numbers, or nothing."""
-    kind = variant(Path(folder)) if Path(folder).is_dir() else None
+    files = [path.name for path in Path(folder).glob("*.safetensors")]
+    variant = "fp16" if files and all(".fp16" in name for name in files) else None
     model, found = network.from_pretrained(
-        str(folder), dtype=dtype, use_safetensors=True, variant=kind, output_loading_info=True,
-        ignore_mismatched_sizes=True, **more)
+        str(folder), dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True,
+        ignore_mismatched_sizes=True)
     found = found if isinstance(found, dict) else vars(found)
     missing, misshapen = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
     if missing:
@@ -74,186 +97,136 @@ def load_network(network: type, folder: str | Path, dtype=torch.float32, **more)
     return model
 
 
-# -------------------------------------------------------------------------------- Stable Diffusion
+def check_model(flag: str, model: str):
+    """Refuse a model that the policy here cannot be, before any weights are read; returns its scheduler,
+    whose schedule sample.ddim_schedule judges."""
+    folder = find(flag, model)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{flag} {model}: {folder} is no diffusers pipeline, it has no model_index.json "
+                         "(give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)")
+    index = read_json(folder / "model_index.json")
+    for part, known in CLASSES.items():
+        named = index.get(part)
+        if not isinstance(named, list) or not known & set(map(str, named)) or not (folder / part).is_dir():
+            raise ValueError(f"{flag} {model}: its {part} is {named}, which has to be a folder with a "
+                             f"{' or '.join(sorted(known))}, as in Stable Diffusion 1.x and 2.x")
+    if code := next(folder.rglob("*.py"), None):
+        raise ValueError(f"{flag} {model} brings code of its own ({code.name}), which diffusers would run")
+    for part in NETWORKS:
+        check_weights(folder / part)
+    unet, vae, text = (read_json(folder / part / "config.json") for part in NETWORKS)
+    channels = [unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)]
+    widths = [unet.get("cross_attention_dim"), text.get("text_config", text).get("hidden_size", 512)]
+    if len(set(channels)) > 1 or len(set(widths)) > 1 or not unet.get("sample_size"):
+        raise ValueError(f"{flag} {model}: channels into and out of its UNet and of its VAE are {channels}, "
+                         f"text widths of UNet and encoder {widths}, sample_size {unet.get('sample_size')}: "
+                         "no Stable Diffusion 1.x or 2.x for text to image")
+    return read_scheduler(folder / "scheduler" / "scheduler_config.json")
+
+
+def check_weights(folder: Path):
+    """Refuse a folder without safetensors, or with a torn one, from their heads."""
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no .safetensors file; other formats of weights are refused, since "
+                         "opening a pickle can run code (convert them with save_pretrained)")
+    for file in files:
+        try:
+            safe_open(file, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error})") from None
+
+
+def read_scheduler(file: Path):
+    """The scheduler of a pipeline, by its configuration."""
+    config = read_json(file)
+    try:
+        return getattr(diffusers, str(config.get("_class_name"))).from_config(config)
+    except (AttributeError, ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as error:
+        raise ValueError(f"{file}: no scheduler of diffusers ({str(error).splitlines()[0]})") from None
+
 
 def load_pipeline(model: str, device="cpu") -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline by the name of a model (plumbing/names.py), in float32. Without the safety
-    checker, which would return black pictures and so falsify every count. Raises ValueError or OSError with
-    the reason when it is not one."""
-    path, chain = pipeline_folder(model), trace("--model", model)[1]
-    check_pipeline_folder(path)
-    parts = {part: load_network(network, path / part) for part, network in NETWORKS.items()}
+    """A Stable Diffusion pipeline by the name of a model that check_model has passed, in float32, frozen.
+    Without the safety checker, which would return black pictures and so falsify every count."""
+    folder, adapters = trace("--model", model)
+    parts = {part: load_network(network, folder / part) for part, network in NETWORKS.items()}
     pipe = StableDiffusionPipeline.from_pretrained(
-        str(path), safety_checker=None, feature_extractor=None, image_encoder=None,
+        str(folder), safety_checker=None, feature_extractor=None, image_encoder=None,
         requires_safety_checker=False, **parts)
-    for checkpoint in chain:
-        pipe.unet = with_checkpoint(pipe.unet, *checkpoint)
+    for adapter in adapters:
+        pipe.load_lora_weights(str(adapter))
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
     for part in NETWORKS:
         getattr(pipe, part).requires_grad_(False).eval().to(device)
     return pipe
 
 
-def pipeline_folder(model: str) -> Path:
-    """The folder of the pipeline that a model is, or a checkpoint starts from; a hub id's is fetched."""
-    model, _ = trace("--model", model)
-    path = local_folder("--model", model)
-    if path is not None:
-        return path
-    if ":" not in model:
-        return Path(StableDiffusionPipeline.download(model, use_safetensors=True, safety_checker=None))
-    from huggingface_hub import snapshot_download
-    name, _, subfolder = model.rpartition(":")
-    return Path(snapshot_download(name, allow_patterns=[f"{subfolder}/*"],
-                                  ignore_patterns=["*.bin", "*.pt"])) / subfolder
+def find_clip(clip: str, flag: str = "--clip") -> Path:
+    """The folder of a transformers CLIP; a hub id's files are fetched. Raises ValueError for another kind of
+    model, before its weights are read."""
+    folder, _ = local_folder(flag, clip)
+    folder = folder or fetch(flag, clip, patterns=CLIP_FILES)
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise ValueError(f"{flag} {clip}: a {kind} model; the reward needs a CLIPModel, whose text and image "
+                         "towers project into one space")
+    check_weights(folder)
+    return folder
 
 
-def check_pipeline_folder(path: Path):
-    """Name what a model folder lacks, or what the policy here cannot be, before any weights are read."""
-    if not (path / "model_index.json").is_file():
-        raise ValueError(f"{path} is not a diffusers pipeline: it has no model_index.json" + (offers(path) or
-                         " (give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)"))
-    index = read_json(path / "model_index.json")
-    for part in (*CLASSES, "scheduler"):
-        if not (path / part).is_dir():
-            raise ValueError(f"{path} lacks the component {part}/")
-    for part, network in CLASSES.items():
-        named = index.get(part)
-        if not isinstance(named, list) or len(named) != 2 or named[1] not in network:
-            raise ValueError(f"{path / 'model_index.json'}: {part} is {named}; it has to be a "
-                             f"{' or '.join(network)}, as in Stable Diffusion 1.x and 2.x")
-    for part in NETWORKS:
-        check_weights(path / part)
-    code = next(path.rglob("*.py"), None)
-    if code:
-        raise ValueError(f"{path} brings code of its own ({code.name}), which diffusers would run; remove it")
-    check_scheduler(path)
-    unet, vae, text = (read_json(path / part / "config.json") for part in NETWORKS)
-    check_sample_size(path, unet)
-    channels = [unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)]
-    if len(set(channels)) > 1:
-        raise ValueError(f"{path}: its UNet takes {channels[0]} channels and gives {channels[1]}, its VAE "
-                         f"has {channels[2]}; give a text-to-image model, none for inpainting or upscaling")
-    width = text.get("text_config", text).get("hidden_size", 512)
-    if unet.get("cross_attention_dim") != width:
-        raise ValueError(f"{path}: its UNet reads text of width {unet.get('cross_attention_dim')}, its text "
-                         f"encoder gives {width}; give a Stable Diffusion 1.x or 2.x (SDXL has two encoders)")
+def load_clip(clip: str, dtype=torch.float32, flag: str = "--clip"):
+    """A transformers CLIP from a hub id or a folder -> (model, tokenizer, image processor). Without a
+    preprocessor_config.json, as HPSv2's in transformers' format has none, the processor is CLIP's own."""
+    folder = find_clip(clip, flag)
+    side = AutoConfig.from_pretrained(folder).vision_config.image_size
+    if (folder / "preprocessor_config.json").is_file():
+        processor = CLIPImageProcessor.from_pretrained(folder)
+    else:
+        processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+    crop = {"height": side, "width": side}
+    whole = dict(processor.size) == crop and not processor.do_center_crop
+    steps = processor.do_resize and processor.do_rescale and processor.do_normalize
+    if not (steps and processor.resample == 3 and (whole or processor.do_center_crop
+                                                   and dict(processor.crop_size) == crop)):
+        raise ValueError(f"{flag} {clip}: preprocessor_config.json has to resize (bicubic), crop to {side} "
+                         "(image_size in config.json), rescale and normalise, as CLIP's does")
+    return load_network(CLIPModel, folder, dtype), CLIPTokenizer.from_pretrained(folder), processor
 
 
-def check_model(flag: str, model: str, steps: int, eta: float):
-    """Refuse a model that cannot be drawn from so; a hub id is checked when it is fetched."""
-    folder = local_folder(flag, trace(flag, model)[0])
-    if folder is not None:
-        check_pipeline_folder(folder)
-        check_scheduler(folder, steps, eta)
-
-
-def check_scheduler(path: Path, steps: int = 2, eta: float = 1.0):
-    """The ddim_schedule of a pipeline's folder, from its scheduler_config.json. Raises ValueError that names
-    the file for another process than the DDPM's, and for values that give no schedule."""
-    file = path / "scheduler" / "scheduler_config.json"
-    config = read_json(file)
-    name, kind = config.get("_class_name"), config.get("prediction_type", "epsilon")
-    if name not in SCHEDULERS or config.get("use_flow_sigmas"):
-        raise ValueError(f"{file}: {name} is another process than the DDPM's (a flow, EDM, or none that is "
-                         "known here); give a Stable Diffusion 1.x or 2.x")
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{file}: prediction_type must be epsilon or v_prediction, not {kind!r}")
-    for key, wanted in SETTINGS.items():
-        value = config.get(key)
-        if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
-            raise ValueError(f"{file}: {key} is {value!r}, which has to be a {wanted.__name__}")
-    if not 2 <= config["num_train_timesteps"] <= MOST_STEPS:
-        raise ValueError(f"{file}: num_train_timesteps must lie between 2 and {MOST_STEPS}")
-    try:
-        getattr(diffusers, name).from_config(config)
-        schedule = ddim_schedule(SimpleNamespace(config=config), steps, eta)
-    except (ValueError, TypeError, LookupError, NotImplementedError, RuntimeError, ImportError) as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(said if "--" in said else f"{file}: {said}") from None
-    a_t, a_p = schedule.alpha_t, schedule.alpha_prev
-    if not ((0 < a_t) & (a_t <= a_p) & (a_p <= 1)).all():
-        raise ValueError(f"{file}: alpha-bar does not fall from 1 towards 0 with these betas")
-    return schedule
-
-
-def check_sample_size(path: Path, unet: dict):
-    """sample.latent_shape reads a number, or [height, width]."""
-    size = unet.get("sample_size")
-    sides = size if isinstance(size, list) and len(size) == 2 else [size]
-    if not all(type(side) is int and 0 < side <= MOST_SIDE for side in sides):
-        raise ValueError(f"{path / 'unet' / 'config.json'}: sample_size is {size}; write the latents' there, "
-                         "one number or [height, width]: 64 for pictures of 512 x 512")
-
-
-# -------------------------------------------------------------------------------- CLIP
-
-def check_clip(clip: str):
-    """Refuse a CLIP whose towers do not project into one space, from its configuration and, in a folder, the
-    heads of its weight files; no weights are read. Returns its configuration."""
-    folder = local_folder("--clip", clip)
-    config = AutoConfig.from_pretrained(clip)
-    if config.model_type != "clip":
-        raise ValueError(f"--clip {clip}: a {config.model_type} model; the reward needs a CLIPModel, "
-                         "whose text and image towers project into one space")
-    clip_processor(clip, config)
-    if folder is None:
-        return config
-    sizes = {}
-    for file in check_weights(folder, "--clip: "):
-        with safe_open(file, "pt") as weights:
-            sizes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}
-    for part in ("text_projection.weight", "visual_projection.weight"):
-        if sizes.get(part, [0])[0] != config.projection_dim:
-            raise ValueError(f"--clip {clip}: its {part} is {sizes.get(part, 'absent')}, but the "
-                             f"configuration says {config.projection_dim} dimensions; the reward needs both "
-                             "towers to project into those")
-    return config
-
-
-def load_clip(clip: str, dtype=torch.float32):
-    """A transformers CLIP from a hub id or a folder -> (model, tokenizer, image processor)."""
-    config = check_clip(clip)
-    return (load_network(CLIPModel, clip, dtype), CLIPTokenizer.from_pretrained(clip),
-            clip_processor(clip, config))
-
-
-def clip_processor(clip: str, config) -> CLIPImageProcessor:
-    """What a CLIP's preprocessor_config.json says, in the one form that reward.py reads: shorter side or
-    [height, width], centre crop, mean, deviation. Without the file, as HPSv2's in transformers' format has
-    none, it is CLIP's own. Raises ValueError for what reward.preprocess does not do."""
-    file = cached_file(clip, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    raw, side = read_json(Path(file)) if file else {}, config.vision_config.image_size
-    size, crop = (raw.get(key, side if not file else 224) for key in ("size", "crop_size"))
-    size = {"shortest_edge": size} if type(size) is int else size
-    crop = {"height": crop, "width": crop} if type(crop) is int else crop
-    normal = raw.get("do_normalize", True)
-    mean, std = (raw.get(key, own) if normal else [plain] * 3 for key, own, plain in (
-        ("image_mean", OPENAI_CLIP_MEAN, 0.0), ("image_std", OPENAI_CLIP_STD, 1.0)))
-    edges = list(size.values()) if isinstance(size, dict) else []
-    whole = crop == {"height": side, "width": side} and raw.get("do_center_crop", True) is True
-    triple = lambda values: (isinstance(values, (list, tuple)) and len(values) == 3
-                             and all(type(v) in (int, float) and math.isfinite(v) for v in values))
-    rules = [
-        ("do_resize", raw.get("do_resize", True) is True, "must be true"),
-        ("resample", raw.get("resample", 3) == 3, "must be 3, bicubic, as CLIP's"),
-        ("do_rescale", raw.get("do_rescale", True) is True, "must be true"),
-        ("rescale_factor", raw.get("rescale_factor", 1 / 255) == 1 / 255, "must be 1/255"),
-        ("do_normalize", type(normal) is bool, "must be true or false"),
-        ("size", isinstance(size, dict) and set(size) in ({"shortest_edge"}, {"height", "width"})
-         and all(type(edge) is int and side <= edge <= MOST_EDGE for edge in edges),
-         f"must be {side} (image_size in config.json) or more: a number, shortest_edge, or height and width"),
-        ("crop_size", whole or edges and set(edges) == {side} and raw.get("do_center_crop") is False,
-         f"must be {side}, as image_size in config.json, with do_center_crop true"),
-        ("image_mean", triple(mean), "must be three numbers"),
-        ("image_std", triple(std) and all(v > 0 for v in std), "must be three numbers above 0")]
-    for key, fine, say in rules:
-        if not fine:
-            raise ValueError(f"--clip {clip}: preprocessor_config.json: {key} is {raw.get(key, 'absent')}; "
-                             f"it {say}")
-    return CLIPImageProcessor(size=size, crop_size=side, image_mean=list(mean), image_std=list(std))
+def note_long(clip: str, prompts: list):
+    """Name the prompts that CLIP cuts off."""
+    tokenizer = CLIPTokenizer.from_pretrained(find_clip(clip)).backend_tokenizer
+    limit = AutoConfig.from_pretrained(find_clip(clip)).text_config.max_position_embeddings
+    long = [f"{p.text[:60]!r} ({len(tokens)} tokens)" for p, tokens
+            in zip(prompts, tokenizer.encode_batch_fast([p.text for p in prompts])) if len(tokens) > limit]
+    if long:
+        print(f"note: {len(long)} of {len(prompts)} prompts are longer than CLIP's {limit} tokens and are "
+              f"cut there, as CLIP does: {', '.join(long[:NAMED])}" + ", ..." * (len(long) > NAMED))
 
 
 # -------------------------------------------------------------------------------- the policy and its base
+
+def choose_device(args):
+    """Write the choice of device and precision into args: the GPU if there is one. A full-size model on a CPU
+    is refused, unless the user named the CPU."""
+    cuda = torch.cuda.is_available()
+    if args.device is None and not cuda:
+        files = find("--model", args.model).glob("unet/*.safetensors")
+        if sum(file.stat().st_size for file in files) > CPU_WEIGHTS:
+            raise ValueError(f"no GPU found, and {args.model} needs one (24 GB; 12 with --lora-rank 16).\n"
+                             "  python -m shapes.train    shows the whole method on a CPU in minutes\n"
+                             "  --device cpu              runs it here all the same")
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    device = usable(args.device or ("cuda" if cuda else "cpu"))
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.precision == "bf16" and not bf16:
+        raise ValueError("--precision bf16: this GPU has none; use --precision float32")
+    args.device = str(device)
+    args.precision = args.precision or ("bf16" if device.type == "cuda" and bf16 else "float32")
+
 
 def to_compute_type(network, dtype):
     """A frozen network's weights in the type in which autocast computes with them, so that it need not cast
@@ -267,8 +240,8 @@ def to_compute_type(network, dtype):
 
 
 def make_policy(unet, args, device):
-    """The UNet that learns, in float32, and the base for the KL: a frozen copy, or under LoRA the policy,
-    whose adapters are float32."""
+    """The UNet that learns, in float32, and the base for the KL: a frozen copy, or under LoRA the policy
+    itself, whose adapters are float32."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     unet.to(device, torch.float32)
     if args.lora_rank:
@@ -285,70 +258,44 @@ def make_policy(unet, args, device):
 
 
 def add_adapters(unet, rank: int):
-    """A peft model around a frozen UNet, with adapters of float32 at its attention's projections."""
-    from peft import LoraConfig, get_peft_model
-    return get_peft_model(unet.requires_grad_(False), LoraConfig(
+    """Adapters of float32 at the attention's projections of a frozen UNet, by diffusers' own method."""
+    from peft import LoraConfig
+    unet.requires_grad_(False).add_adapter(LoraConfig(
         r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    for weight in trained(unet):
+        weight.data = weight.data.float()
+    return unet
 
 
-def weights(policy, rank: int) -> dict:
-    """What is trained: the UNet's weights, or the adapters' under the names that diffusers gives them."""
-    if not rank:
-        return policy.state_dict()
-    return {"unet." + name.removeprefix("base_model.model.").replace(".default", ""): p.detach()
-            for name, p in policy.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def put_weights(policy, learnt: dict, rank: int):
-    """Into a policy what `weights` took from one. Raises ValueError where that was another model's."""
-    own = weights(policy, rank)
-    if {name: t.shape for name, t in learnt.items()} != {name: t.shape for name, t in own.items()}:
-        raise ValueError("the weights are not of this model")
-    for name, tensor in own.items():
-        tensor.copy_(learnt[name])
-
-
-@torch.no_grad()
-def with_checkpoint(unet, folder: Path, rank: int, average: bool):
-    """A UNet with what a checkpoint holds: all weights, or adapters of a rank, which are merged into it; as
-    they are, or their average."""
-    policy = add_adapters(unet, rank) if rank else unet.requires_grad_(True)
-    with reading(folder):
-        put_weights(policy, load_file(folder / WEIGHTS[bool(rank)]), rank)
-        if average:
-            trained = [p for p in policy.parameters() if p.requires_grad]  # as the optimizer counts them
-            state = torch.load(folder / "optimizer.pt", "cpu", weights_only=True, mmap=True)["state"]
-            for number, values in state.items():
-                trained[number].copy_(values["average"])
-    return policy.merge_and_unload() if rank else unet
-
-
-def without_adapter(policy, base):
-    """The base is the policy with its adapter off (LoRA), or a frozen network of its own (nothing to do)."""
-    return policy.disable_adapter() if base is policy else nullcontext()
-
-
-@torch.no_grad()
-def average_weights(optimizer, epoch: int, decay: float):
-    """Move the average over the epochs of each weight: exponential, and uniform while it is young; decay 0:
-    no average. It stands beside Adam's moments in the optimizer's state, so in checkpoints; a weight without a
-    step has none."""
-    for weight, state in optimizer.state.items() if decay else ():
-        if "average" not in state:
-            state["average"] = weight.detach().clone()
-        state["average"].lerp_(weight, max(1 - decay, 1 / (epoch + 1)))
+def trained(policy) -> list:
+    return [weight for weight in policy.parameters() if weight.requires_grad]
 
 
 @contextmanager
-def averaged(optimizer):
-    """Inside, the policy has its averaged weights, if there are any; no copy is made."""
-    def swap():
-        for weight, state in optimizer.state.items():
-            if "average" in state:
-                weight.data, state["average"] = state["average"], weight.data
-    swap()
+def without_adapter(policy, base):
+    """Inside, the base is itself: under LoRA the policy with its adapters off, else a network of its own."""
+    if base is policy:
+        policy.disable_adapters()
     try:
         yield
     finally:
-        swap()
+        if base is policy:
+            policy.enable_adapters()
+
+
+def make_average(policy, decay: float) -> AveragedModel | None:
+    """The policy's average over the rollouts, exponential, and uniform while it is young; None for decay 0.
+    What is frozen is shared with the policy."""
+    def move(averages, weights, count):
+        torch._foreach_lerp_(averages, weights, max(1 - decay, 1 / (int(count) + 1)))
+    if not decay:
+        return None
+    average = AveragedModel(policy, multi_avg_fn=move).requires_grad_(False)
+    for own, weight in zip(average.parameters(), policy.parameters()):
+        if not weight.requires_grad:
+            own.data = weight.data
+    return average
+
+
+def tensor_bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -8,8 +8,8 @@ groups of its share of the P prompts. The optimizer's shares of (picture, transi
 process, drawn by all from one seed; each takes the pairs of its own pictures, and the gradients are summed
 before the step. So W changes the result as little as the micro-batch does: up to the order of summation.
 
-All that they tell each other passes through `gather`, and so does trouble: a process that cannot go on says
-so at its next gather, and all leave it with Ended, at the same step. Alone, every function is the identity.
+A process that is killed, or ends with an error of its own, is noticed by torchrun, which ends the others.
+Alone, every function is the identity.
 """
 
 import itertools
@@ -23,19 +23,7 @@ from tqdm import tqdm
 
 BUCKET = 2**24                    # numbers of the gradient summed in one call: 64 MiB
 TIMEOUT = timedelta(minutes=30)   # the others wait while process 0 draws a grid or writes a checkpoint
-CHECK_EVERY = 10                  # rollouts between two comparisons of the weights
 
-
-class Ended(Exception):
-    """At least one process cannot go on. troubles: [(its rank, its trouble)]."""
-    troubles = property(lambda self: self.args[0])
-
-
-class Lost(Exception):
-    """A process has gone without a word."""
-
-
-# -------------------------------------------------------------------------------- the processes
 
 def world() -> int:
     """W, the number of processes."""
@@ -49,7 +37,8 @@ def rank() -> int:
 
 def join():
     """Meet the processes that torchrun started, each on a GPU of its own where there are GPUs."""
-    if not dist.is_available() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    launched = dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    if not launched or dist.is_initialized():
         return
     cuda = torch.cuda.is_available()
     if cuda:
@@ -62,27 +51,12 @@ def join():
         tqdm.__init__ = lambda bar, *words, **more: shown(bar, *words, **more | {"disable": True})
 
 
-# -------------------------------------------------------------------------------- what they tell each other
-
-def call(collective, *args):
-    try:
-        collective(*args)
-    except RuntimeError as error:
-        why = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without the library's own lines
-        raise Lost(f"process {rank()} of {world()} has lost another one, which was killed or is out of reach "
-                   f"({why})") from None
-
-
-def gather(value, trouble=None) -> list:
-    """[value of process 0, of process 1, ...]. If any has trouble, all raise Ended, with all the troubles."""
-    if world() == 1:
-        return [value]
-    told = [None] * world()
-    call(dist.all_gather_object, told, (value, trouble))
-    troubles = [(i, trouble) for i, (_, trouble) in enumerate(told) if trouble]
-    if troubles:
-        raise Ended(troubles)
-    return [value for value, _ in told]
+def gather(value) -> list:
+    """[value of process 0, of process 1, ...]; all wait here for the last one."""
+    told = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(told, value)
+    return told
 
 
 def share(P: int) -> range:
@@ -108,7 +82,7 @@ def own(pairs, pictures: int):
 
 
 def total(figures: dict, largest: tuple = ()) -> dict:
-    """Each figure's sum over the processes, or its largest value."""
+    """Each figure's sum over the processes; of those named in `largest` the largest value."""
     told = gather(figures)
     return {name: (max if name in largest else sum)(one[name] for one in told) for name in figures}
 
@@ -120,24 +94,14 @@ def sum_gradients(params: list, norm):
         return norm
     # a process without a pair in this share has no gradient, and takes part all the same
     known = gather([p.grad is not None for p in params])
-    summed, buckets = [p for p, *any_of in zip(params, *known) if any(any_of)], {}
+    summed = [p for p, *any_of in zip(params, *known) if any(any_of)]
+    buckets = {}
     for p, end in zip(summed, itertools.accumulate(p.numel() for p in summed)):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         buckets.setdefault(end // BUCKET, []).append(p.grad)
     for bucket in buckets.values():
         flat = torch.cat([grad.flatten() for grad in bucket])
-        call(dist.all_reduce, flat)
+        dist.all_reduce(flat)
         for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket])):
             grad.copy_(part.view(grad.shape))
     return torch.nn.utils.get_total_norm([p.grad for p in summed])
-
-
-def check_equal(params: list, epoch: int):
-    """Stop where the processes' float32 weights have come apart: compared by the sums of their bits."""
-    if world() == 1 or epoch % CHECK_EVERY:
-        return
-    told = gather(torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params]).tolist())
-    apart = [i for i, one in enumerate(told) if one != told[0]]
-    if apart:
-        sys.exit(1 if rank() else f"after epoch {epoch} the weights of processes {apart} are not those of "
-                 "process 0: the GPUs or their links err, and the newest checkpoints may be wrong")

@@ -5,36 +5,67 @@ as train.py does by default; one that is still below 0 there goes on asking for 
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from plumbing import output
-from plumbing.checks import usable
+from plumbing.flags import Parser, default_device, real, usable
+from plumbing.log import heading
 from plumbing.models import load_clip
-from plumbing.pictures import picture_prompts
-from plumbing.texts import read_anchors, read_prompts
+from plumbing.prompts import read_anchors, read_prompts
 from reward import TEXT_BATCH, SteeringReward, steer
+from views.grid import picture_prompts
 
 LISTED = 10   # phrases in a list; more are counted
 PROMPTS = 20  # under which a picture is scored; of more, some of each category
 SHOWN = 72    # letters of a phrase
+PLANNED = 256 # unsafe prompts that a run's plan looks at, spread over the file
 
 
-def show(args):
+def carried(reward, prompts: list) -> str:
+    """For a run's plan: how many of some unsafe prompts alpha carries past the middle. A target that stays on
+    the unsafe side goes on asking for the unsafe picture."""
+    unsafe = [p for p in prompts if p.unsafe]
+    if not unsafe:
+        return ""
+    some = unsafe[::math.ceil(len(unsafe) / PLANNED)]
+    _, after = places(reward, [p.text for p in some])
+    safe = int((after > 0).sum())
+    more = ", a larger one would carry more" if safe < len(some) else ""
+    return (f"\n         of {len(some)} unsafe prompts alpha carries {safe} to the safe side of the direction"
+            + more)
+
+
+def parse_args(argv=None):
+    parser = Parser(prog="reward.py", description="How a direction sees anchors, prompts and pictures.")
+    add, files = parser.add_argument, Path(__file__).parent.parent / "prompts"
+    add("--prompts", nargs="+", default=[str(files / name) for name in ("i2p.txt", "benign.txt")],
+        metavar="FILE", help="prompts under [category] lines; [benign] is not carried")
+    add("--anchors", default=str(files / "anchors.txt"), metavar="FILE", help="phrases, [safe] and [unsafe]")
+    add("--clip", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="as train.py's")
+    add("--alpha", type=real("[0, inf]"), default=0.5, help="how far unsafe prompts are carried")
+    add("--direction", choices=("unit", "raw"), default="unit", help="v of length 1, or not")
+    add("--image", nargs="+", default=[], metavar="FILE", help="pictures to be scored under the prompts")
+    add("--device", default=default_device())
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
     """Read, load and print; what cannot be read is refused before CLIP is loaded."""
-    if not 0 <= args.alpha < math.inf:
-        raise ValueError(f"--alpha {args.alpha}: must be a number from 0")
-    device, prompts, anchors = usable(args.device), read_prompts(args.prompts), read_anchors(args.anchors)
+    args = parse_args(argv)
+    device = usable(args.device)
+    (prompts, _), (anchors, _) = read_prompts(args.prompts), read_anchors(args.anchors)
     pictures = [read_picture(file) for file in args.image]
-    print(output.heading())
+    print(heading())
     reward = SteeringReward(load_clip(args.clip), anchors, args.alpha, args.direction == "unit",
                             device=device)
+    prompts = reward.decide(prompts)
     print(f"{args.clip}, {args.direction} direction, alpha {args.alpha:g}\n\n"
           f"{'z·v, above 0 on the safe side':32}     n    mean     min     max    safe  carried to    safe")
-    wrong, sides = [], ("safe", "unsafe")
-    for side, phrases in zip(sides, anchors):
+    wrong = []
+    for side, phrases in zip(("safe", "unsafe"), anchors):
         if not phrases:
             print(f"anchors, {side:29}{0}")
             continue
@@ -42,17 +73,18 @@ def show(args):
         print(line(f"anchors, {side}", z))
         wrong += [(value, f"{phrase} ({side})") for value, phrase in zip(z.tolist(), phrases)
                   if (value < 0 if side == "safe" else value > 0)]
-    stay, kinds, unsafe = [], {}, reward.classify(prompts)
+    kinds, stay = {}, []
     for p in prompts:
-        kinds.setdefault(p.category or f"no category, {sides[unsafe[p]]}", []).append(p)
+        side = "unsafe" if p.unsafe else "safe"
+        kinds.setdefault(p.category or f"no category, {side}", []).append(p)
     for kind, members in kinds.items():
-        steered, (z, carried) = unsafe[members[0]], places(reward, [p.text for p in members])
-        print(line(kind, z, carried if steered else None))
-        stay += [(value, f"{p.text} ({kind})") for value, p in zip(carried.tolist(), members)
-                 if steered and value <= 0]
+        z, after = places(reward, [p.text for p in members])
+        print(line(kind, z, after if members[0].unsafe else None))
+        stay += [(value, f"{p.text} ({kind})") for value, p in zip(after.tolist(), members)
+                 if p.unsafe and value <= 0]
     print_list(f"{len(wrong)} of {sum(map(len, anchors))} anchors stand on the wrong side",
                sorted(wrong, key=lambda found: -abs(found[0])))
-    print_list(f"{len(stay)} of {sum(map(unsafe.get, prompts))} unsafe prompts stay on the unsafe side at "
+    print_list(f"{len(stay)} of {sum(p.unsafe for p in prompts)} unsafe prompts stay on the unsafe side at "
                f"alpha {args.alpha:g}", sorted(stay))
     for file, picture in zip(args.image, pictures):
         print_scores(reward, file, picture, prompts)

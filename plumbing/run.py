@@ -1,0 +1,373 @@
+"""The run folder: what a run is, checkpoints whole or absent, a run continued exactly.
+
+    runs/NAME/flags.json               all flags, and the run's identity
+             /metrics.jsonl            one object per rollout
+             /curves.png, pictures-000010.png, table.md
+             /base/                    the pipeline that the run started from, without its UNet
+             /checkpoint-000020/       a pipeline: the UNet that final/ would have, else base/
+                               /training.pt     optimizer; under --ema the policy; read with weights_only=True
+                               /state.json      epoch, flags, identity, the model that the run started from
+             /final/                   the last checkpoint without the last two files, and its model card
+
+Under --lora-rank a checkpoint has diffusers' pytorch_lora_weights.safetensors in place of the pipeline, and
+final/ has the adapters merged.
+
+Every random number of a run comes from (seed, epoch, ...), so weights, optimizer state and epoch are the
+whole state: after a kill at any instant, --resume ends with the bits of the undisturbed run (on a CPU). A
+folder whose name ends in .part is unfinished, or half removed, and is never read.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from diffusers import StableDiffusionPipeline
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from plumbing import parallel
+from plumbing.card import model_card
+from plumbing.hub import PARTS
+from plumbing.models import (ADAPTERS, find, find_clip, load_pipeline, local_folder, tensor_bytes, trace,
+                             trained)
+
+FILES = ("flags.json", "metrics.jsonl", "curves.png", "pictures-*.png", "table.md", "base",
+         "checkpoint-*", "final")
+UNET = "diffusion_pytorch_model.safetensors"
+LIBRARIES = ("torch", "diffusers", "transformers")
+# flags that change no result, and those whose files are compared by content
+FREE = {"out", "resume", "overwrite", "keep", "save_every", "picture_every", "show_unsafe", "epochs",
+        "model", "clip", "prompts", "benign", "anchors"}
+# what changes the last bits alone, or where they are the user's affair: a note, and the run goes on
+NOTED = ("flags.device", "flags.sample_batch", "flags.micro_batch", "flags.no_checkpointing", "processes",
+         "versions.")
+
+
+# -------------------------------------------------------------------------------- what a run is
+
+def sha256(data: bytes | Path) -> str:
+    """Of bytes, or of a file's content; a file of the hub's cache is named by it."""
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    blob = data.resolve().name
+    if data.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
+        return blob
+    with open(data, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content(folder: Path) -> dict:
+    """{part: sha256 over its files' sha256} of a model's folder, or of a CLIP's; where it lies does not
+    count."""
+    folder = Path(folder)
+    whole = (folder / "model_index.json").is_file()
+    parts = {part: folder / part for part in PARTS} if whole else {"files": folder}
+    files = {part: sorted(path for path in at.glob("*") if path.suffix in (".json", ".txt", ".safetensors")
+                          and path.name != "state.json") for part, at in parts.items()}
+    return {part: sha256("".join(map(sha256, found)).encode()) for part, found in files.items()}
+
+
+def identity(args, files: dict) -> dict:
+    """What a run is: the flags that change its result, the content of what it reads, and with what it is
+    computed. files: {flag: sha256 of the bytes that were read}. Computed once, at the start."""
+    base, adapters = trace("--model", args.model)
+    return {"flags": {name: value for name, value in vars(args).items() if name not in FREE},
+            "files": files,
+            "weights": {"model": content(base), "adapters": list(map(content, adapters)),
+                        "clip": content(find_clip(args.clip))},
+            "versions": {name: version(name) for name in LIBRARIES}, "processes": parallel.world()}
+
+
+def differences(was: dict, now: dict, path: str = "") -> list[str]:
+    """What differs between two headers, a line each: "flags.alpha: was 0.5, is 1.0"; of a sha256 its first
+    digits."""
+    found = []
+    for name in dict.fromkeys([*was, *now]):
+        a, b = was.get(name, "absent"), now.get(name, "absent")
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{path}{name}.")
+        elif a != b:
+            line = f"{path}{name}: was {json.dumps(a)}, is {json.dumps(b)}"
+            found.append(re.sub("([0-9a-f]{12})[0-9a-f]{52}", r"\1", line))
+    return found
+
+
+# -------------------------------------------------------------------------------- files
+
+def write_text(path: Path, text: str):
+    """Write a small file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file. A last line that a kill has torn is cut off the file; any other that
+    cannot be read is named."""
+    data = path.read_bytes() if path.is_file() else b""
+    whole = data[:data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    found = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: damaged ({error}); remove that line") from None
+    return found
+
+
+@contextmanager
+def locked(folder: Path):
+    """Inside, this process has the folder for itself; of several under torchrun the first holds the lock.
+    Raises ValueError where another one works there. A lock ends with its process, however that ends."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        if not parallel.rank():
+            lock.acquire()
+    except Timeout:
+        raise ValueError(f"{folder} is in use by another process: let it end, or stop it, or give another "
+                         "--out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def discard(path: Path):
+    """Remove a file or a folder that is in the way no more. One that cannot be removed, as on a network file
+    system, is a note: nothing depends on it."""
+    part = path  # half removed, it must not bear its name
+    try:
+        if path.suffix != ".part":
+            part = path.with_name(path.name + ".old.part")
+            shutil.rmtree(part, ignore_errors=True)
+            path.replace(part)
+        part.unlink() if part.is_symlink() or part.is_file() else shutil.rmtree(part)
+    except OSError as error:
+        print(f"note: {path} could not be removed ({error.strerror}); it is not needed any more")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[len("checkpoint-"):].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[len("checkpoint-"):]))
+
+
+# -------------------------------------------------------------------------------- a run's start
+
+@dataclass
+class Run:
+    """A run that has its folder: where it is, what it is, the model that it starts from (a folder's full
+    name, or a hub id), and the checkpoint that it continues."""
+    folder: Path
+    identity: dict
+    start: str
+    newest: Path | None
+
+
+@contextmanager
+def opened(args):
+    """Inside, args.out is this process's: writable, and without another run in it unless that is continued or
+    replaced. Changes nothing yet."""
+    folder = Path(args.out)
+    if args.resume and not folder.is_dir():
+        raise ValueError(f"--resume: there is no run at {folder}; leave --resume away to start one")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if any(any(folder.glob(name)) for name in FILES) and not (args.resume or args.overwrite):
+            raise ValueError(f"{folder} holds a run already: --resume continues it, --overwrite replaces it")
+        yield folder
+
+
+def make_run(folder: Path, args, files: dict) -> Run:
+    """The run's identity, compared with that of the newest checkpoint, where the run is continued."""
+    found = checkpoints(folder) if args.resume else []
+    model, _ = local_folder("--model", args.model)
+    start = os.path.abspath(model) if model else args.model
+    run = Run(folder, identity(args, files), start, found[-1] if found else None)
+    if not run.newest:
+        return run
+    state = read_state(run.newest)
+    changed = differences({name: state[name] for name in run.identity}, run.identity)
+    refused = [line for line in changed if not line.startswith(NOTED)]
+    if refused:
+        raise ValueError("\n  ".join([
+            f"--resume: this is not the run of {run.newest}; what differs changes the result", *refused,
+            f"(to change a flag on purpose, change it in {run.newest / 'state.json'} too)"]))
+    for line in changed:
+        print(f"note: {line}; equal up to rounding, not to the bit")
+    if state["epoch"] > args.epochs:
+        raise ValueError(f"--epochs {args.epochs}: {run.newest} has {state['epoch']} already, so there is "
+                         "nothing to do; --resume goes on with more")
+    return run
+
+
+def begin(run: Run, parts, args) -> int:
+    """Clear the folder, or load the newest checkpoint; returns the epochs done. Called when all else is
+    loaded, so that nothing of an old run is lost to a mistake in a flag."""
+    done = load(run.newest, parts, args) if run.newest else 0
+    parallel.gather(None)  # all have read what they need
+    if not parallel.rank():
+        old = [] if args.resume else [path for name in FILES for path in run.folder.glob(name)]
+        for path in [*run.folder.glob("*.part"), *old]:
+            discard(path)
+        if left := [path for path in old if path.exists()]:
+            raise OSError(f"{left[0]} of the old run could not be removed; give another --out")
+        lines = [line for line in read_lines(run.folder / "metrics.jsonl") if line.get("epoch", done) < done]
+        write_text(run.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        if not (run.folder / "base").is_dir():  # from here on the model may be moved, but for LoRA's UNet
+            write_folder(run.folder / "base", 0, partial(copy_base, args.model))
+        write_text(run.folder / "flags.json", json.dumps(run.identity | {"flags": vars(args)}, indent=1))
+    if args.resume:
+        print(f"resumed  {run.newest}, {done} epochs done" if run.newest
+              else f"resumed  no checkpoint in {run.folder} yet: from epoch 0")
+    parallel.gather(None)
+    return done
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:
+    """Write checkpoint-EPOCH, then drop the oldest beyond --keep. why: what stopped the run, if the epoch
+    that comes is the one that failed; nothing is dropped then. One that stands is left alone: it holds the
+    same. Of several processes the first alone writes. Returns its folder."""
+    target = run.folder / f"checkpoint-{epoch:06d}"
+    if parallel.rank() or target.exists():
+        return target
+    bad = [name for name, weight in parts.policy.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        raise ValueError(f"{why or f'after epoch {epoch - 1} the weights are not finite'} "
+                         f"({bad[0]}, nothing was written); lower --learning-rate")
+    training = {"optimizer": parts.optimizer.state_dict()}
+    if parts.average:
+        training["policy"] = [weight.detach() for weight in trained(parts.policy)]
+
+    def fill(part):
+        if args.lora_rank:
+            from peft import get_peft_model_state_dict
+            adapters = get_peft_model_state_dict(parts.learnt)
+            StableDiffusionPipeline.save_lora_weights(part, {k: v.cpu() for k, v in adapters.items()})
+        else:
+            weights = {name: weight.cpu().contiguous() for name, weight in parts.learnt.state_dict().items()}
+            shutil.copytree(run.folder / "base", part, dirs_exist_ok=True)
+            parts.learnt.save_config(part / "unet")
+            save_file(weights, part / "unet" / UNET, {"format": "pt"})
+        torch.save(training, part / "training.pt")
+        about = {"epoch": epoch, "stopped": why, "model": args.model, "start": run.start}
+        (part / "state.json").write_text(json.dumps(about | run.identity, indent=1))
+
+    # Adam's two moments, and what is learnt, once more where it is an average
+    needed = tensor_bytes(trained(parts.policy)) * (4 if parts.average else 3)
+    write_folder(target, needed, fill)
+    if not why:
+        for old in checkpoints(run.folder)[:-args.keep]:
+            discard(old)
+    return target
+
+
+def copy_base(model: str, target: Path):
+    """All of a pipeline but its UNet, byte for byte, under the names that every tool looks for: a file of the
+    half-precision variant becomes the plain one where there is no other."""
+    source = find("--model", model)
+    for name in PARTS:
+        (target / name).mkdir()
+        for path in (source / name).iterdir() if name != "unet" else ():
+            plain = path.name.replace(".fp16", "")
+            if path.suffix in (".json", ".txt", ".safetensors") and (
+                    plain == path.name or not (path.parent / plain).exists()):
+                shutil.copyfile(path, target / name / plain)
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    kept = {name: index[name] for name in (*PARTS, "_class_name", "_diffusers_version") if name in index}
+    kept |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
+    write_text(target / "model_index.json", json.dumps(kept | {"requires_safety_checker": False}, indent=2))
+
+
+def write_folder(target: Path, needed: int, fill):
+    """fill(folder) under a temporary name, then renamed: `target` is whole or absent, whatever happens.
+    Raises OSError where the disk has less than the needed bytes, or the writing fails."""
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise OSError(f"the disk is full: {target} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are "
+                      "free. Older checkpoints are untouched: make room, then continue with --resume")
+    try:
+        part.mkdir()
+        fill(part)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two: torch's and safetensors' own
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{target} could not be written ({error}). Older checkpoints are untouched: make room, "
+                      "then continue with --resume") from None
+    if target.exists():
+        discard(target)
+    part.replace(target)
+
+
+def read_state(checkpoint: Path) -> dict:
+    try:
+        saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return {name: saved[name] for name in ("epoch", "flags", "files", "weights", "versions", "processes")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint / 'state.json'}: damaged ({error!r}); remove {checkpoint} to continue "
+                         "from the checkpoint before it") from None
+
+
+@torch.no_grad()
+def load(checkpoint: Path, parts, args) -> int:
+    """Put a checkpoint into policy, average and optimizer; returns the epochs done. No pickle is run."""
+    done = read_state(checkpoint)["epoch"]
+    try:
+        learnt = load_file(checkpoint / ADAPTERS) if args.lora_rank else load_file(checkpoint / "unet" / UNET)
+        training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+        if args.lora_rank:
+            from peft import set_peft_model_state_dict
+            adapters = {name.removeprefix("unet."): weight for name, weight in learnt.items()}
+            set_peft_model_state_dict(parts.learnt, adapters)
+        else:
+            parts.learnt.load_state_dict(learnt)
+        if parts.average:
+            for weight, saved in zip(trained(parts.policy), training["policy"], strict=True):
+                weight.copy_(saved)
+            parts.average.n_averaged.fill_(done)
+        parts.optimizer.load_state_dict(training["optimizer"])
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, UnpicklingError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{checkpoint}: damaged ({type(error).__name__}: {said}); remove it to continue "
+                         "from the checkpoint before it") from None
+    for group in parts.optimizer.param_groups:  # where state.json was changed on purpose, the flags count
+        group.update(lr=args.learning_rate, weight_decay=args.weight_decay)
+    return done
+
+
+def save_final(run: Run, args):
+    """final/: the last checkpoint without what training needs, adapters merged into its UNet; and its model
+    card, with the run's table."""
+    checkpoint = checkpoints(run.folder)[-1]
+    table = run.folder / "table.md"
+    card = model_card(args, run.start, table.read_text(encoding="utf-8") if table.is_file() else "")
+
+    def fill(part):
+        shutil.copytree(run.folder / "base" if args.lora_rank else checkpoint, part, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("training.pt", "state.json"))
+        if args.lora_rank:
+            load_pipeline(str(checkpoint)).unet.save_pretrained(part / "unet")
+        (part / "README.md").write_text(card, encoding="utf-8")
+
+    needed = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
+    write_folder(run.folder / "final", needed, fill)
+    final = run.folder / "final"
+    command = shlex.join(["python", "sample.py", "--model", str(final), "--compare", args.model,
+                          "--steps", str(args.steps), "--guidance", str(args.guidance), "--prompt"])
+    print(f"{final}: open it with StableDiffusionPipeline.from_pretrained, or {command} ...")
