@@ -2,98 +2,87 @@
 
 Five suites: `i2p` (4,703 prompts; inappropriate rate and exposed parts), `geneval` (553 prompts x 4;
 compositional accuracy), `coco` (a captions CSV; CLIP score and FID), `prompts` (our .txt files by category,
-or any CSV of prompts) and `shapes` (the exact test bed). Pictures are drawn as others can draw them: a seed,
-guidance and size per row, DDIM or the LMS sampler of RECE's and the paper's evaluation code. The safety
-checker is always off.
+or any CSV of prompts) and `shapes` (the exact test bed).
 
     python evaluate.py --model shapes/weights --suite shapes
-    python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p --also sld-medium
 
-The module of a suite in evaluation/ says what is drawn and what the tables are; samplers.py says how it is
-drawn, judges.py what is in the pictures. Every finished picture is one line of OUT/MODEL/rows.jsonl, joined
-by case number and never by position: the same command goes on where it was stopped, and ends with the same
-report. Under torchrun several processes share the pictures out, and the report is the same.
-
-Departures. GenEval's own script samples with the pipeline's default scheduler (PNDM), and leaves the safety
-checker on: here DDIM (or --sampler lms), and off. A CSV without a seed column gives every row its own seed,
-where RECE's code gives all of them 42.
+evaluation/ has a module for each suite; samplers.py says how pictures are drawn, judges.py what is in them.
+Every finished picture is one line of OUT/MODEL/rows.jsonl, joined by case number and never by position: the
+same command continues where it was stopped, and ends with the same report, as do several processes.
+Departures from the published harnesses: docs/evaluation.md.
 """
 
-import argparse
 import platform
 import sys
 import time
-from contextlib import contextmanager
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from evaluation import coco, geneval, i2p, judges, prompts, report, results
+from evaluation import geneval, i2p, judges, prompts, report, results
 from evaluation.results import saved, slug
 from evaluation.rows import Row
-from evaluation.samplers import SCHEDULERS, SLD, TRICKS
+from evaluation.samplers import SCHEDULERS, SLD, TRICKS, check_steps
 from evaluation.statistics import merge
-from plumbing import lock, output, parallel, stop
-from plumbing.checks import usable
+from plumbing import log, parallel, run
+from plumbing.flags import Parser, default_device, real, usable, whole
 from plumbing.models import check_model
-from sample import default_device
+from plumbing.stop import run_script
 
-SUITES = {"i2p": i2p, "geneval": geneval, "coco": coco, "prompts": prompts}
+MODULES = [i2p, geneval, prompts]
 if (Path(__file__).parent / "shapes" / "__init__.py").is_file():  # a folder that may be deleted
     from evaluation import shapes
-    SUITES["shapes"] = shapes
+    MODULES.append(shapes)
+SUITES = {name: module for module in MODULES for name in module.SETTINGS}
+OWN = {"geneval", "shapes"}  # suites with prompts and a judge of their own, and with nothing to blur
+LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
 def guidance_flag(text: str):
-    return text if text == "csv" else float(text)
+    return text if text == "csv" else real("[0, 10000]")(text)
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("evaluate.py", description=__doc__.splitlines()[0])
     group = parser.add_argument_group("what").add_argument
     group("--model", required=True, help="folder, hub id, NAME:SUBFOLDER, or a run's checkpoint")
     group("--base", help="drawn on the same noise, for paired differences")
     group("--also", action="append", default=[], help=f"further models, or {', '.join(TRICKS)} on the base")
     group("--suite", choices=SUITES, required=True)
     group("--prompts", nargs="+", metavar="FILE", help="CSV, JSONL or .txt; i2p and geneval fetch theirs")
-    group("--limit", type=int, help="that many prompts, a fixed stratified draw")
-    group("--images", type=int, help="shapes: pictures for each kind of prompt (200)")
-    group("--samples", type=int, help="pictures for each prompt (i2p 1, geneval 4)")
-    group("--seed", type=int, default=42, help="of rows without one, and of --limit")
+    group("--limit", type=whole(1), help="that many prompts, each category in proportion")
+    group("--images", type=whole(1), help="shapes: pictures for each kind of prompt (200)")
+    group("--samples", type=whole(1), help="pictures for each prompt (i2p 1, geneval 4)")
+    group("--seed", type=whole(0), default=42, help="of rows without one")
     group("--out", type=Path, help="default: runs/evaluate/SUITE-MODEL")
     group = parser.add_argument_group("how").add_argument
     group("--sampler", choices=("ddim", "lms", *SCHEDULERS),
           help="lms: RECE's and the paper's; ddim: geneval and shapes; the others are diffusers' own")
-    group("--steps", type=int)
-    group("--eta", type=float, help="ddim only: 0 deterministic, 1 as in training")
+    group("--steps", type=whole(1))
+    group("--eta", type=real("[0, 1]"), help="ddim only: 0 deterministic, 1 as in training")
     group("--guidance", type=guidance_flag, help="csv (each row's own: i2p's default) or one number")
     group("--noise", choices=("cpu", "cuda"), default="cpu", help="where noise is seeded; RECE and R1: cuda")
     group("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-          help="of the networks' compute; float32, on a GPU with TF32, as the published harnesses (RECE, R1, "
-               "I2P); the others take less time and memory there, and draw other details")
+          help="of the networks' compute; on a GPU float32 has TF32; the others draw other details")
     group("--device", default=default_device())
-    group("--batch", type=int, help="pictures drawn at once (shapes 128, else 8)")
+    group("--batch", type=whole(1), help="pictures drawn at once (shapes 128, else 8)")
     group = parser.add_argument_group("judges").add_argument
     group("--judges", help="from q16, nudenet, clip, geneval, shapes; the suite's own by default")
     group("--q16-clip", default="openai/clip-vit-large-patch14", help="for Q16 and for GenEval's colours")
-    group("--q16-original", help="local prompts.p, in place of the download")
-    group("--q16-finetuned", help="local prompts_finetuned.pt, in place of the download")
-    group("--nudenet-onnx", help="another network (RECE's best_new.onnx is 3.0.8's own)")
     group("--score-clip", default="openai/clip-vit-base-patch32", help="for the CLIP score")
     group("--detector", default=geneval.DETECTOR, help="GenEval's detector")
     group("--fid", metavar="FOLDER", help="FID against these real pictures; needs --save-images")
-    group("--inception", help="local inception-2015-12-05.pt, in place of the download")
-    group("--inception-sha256", default="", help="what that file must hash to; its hash is reported anyway")
-    group("--cache", type=Path, default=judges.cache_folder(), help="of downloaded files")
+    group("--cache", metavar="FOLDER", type=Path, default=Path(torch.hub.get_dir()) / "safediffusion",
+          help="of downloads, which may lie there already: " + ", ".join(judges.FILES))
     group = parser.add_argument_group("output").add_argument
     group("--save-images", action="store_true", help="keep every picture in OUT/MODEL/pictures")
     group("--rescore", action="store_true", help="judge saved pictures again, without generating")
     group("--show", action="store_true", help="do not blur the grid (shapes and geneval never are)")
     args = parser.parse_args(argv)
     args.nudenet_by_default = args.judges is None  # a default that is not installed is left out, and said so
-    for name, value in SUITES[args.suite].SETTINGS.items():
+    for name, value in SUITES[args.suite].SETTINGS[args.suite].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.judges = [name.strip() for name in args.judges.split(",")]
@@ -107,145 +96,106 @@ def name_models(args) -> dict:
     for name in args.also:
         tricked = args.base or args.model
         models |= {f"{tricked} + {name}": (tricked, name)} if name in TRICKS else {name: (name, "")}
-    if len(models) < 1 + bool(args.base) + len(args.also):
-        raise ValueError("--model, --base and --also name the same model twice")
-    args.folders = {label: args.out / name for label, name in results.folders(models).items()}
+    args.folders = {label: args.out / slug(label) for label in models}
+    names = {path.name.casefold() for path in args.folders.values()}
+    if len(names) < 1 + bool(args.base) + len(args.also):
+        raise ValueError("--model, --base and --also name a model twice, or two with one folder's name")
     return models
 
 
 def check(args, models: dict) -> list[str]:
     """Refuse what cannot work, before anything is read or loaded. Returns what was left out."""
-    known, notes = {*judges.JUDGES, "geneval", "shapes"}, []
-    for name in args.judges:
-        if name not in known:
-            raise ValueError(f"--judges: {name} unknown; choose from {', '.join(sorted(known))}")
-        if name in ("geneval", "shapes") and args.suite != name:
-            raise ValueError(f"--judges {name} belongs to --suite {name}")
-    for name in ("limit", "images", "samples", "steps", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if not 0 <= args.eta <= 1:
-        raise ValueError(f"--eta must lie between 0 and 1, not {args.eta}")
-    if isinstance(args.guidance, float) and not 0 <= args.guidance < 1e4:
-        raise ValueError(f"--guidance must be a number from 0, not {args.guidance}")
-    if "cuda" in (args.noise, args.device.split(":")[0]) and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: --device cpu and --noise cpu")
-    usable(args.device)
+    known = {*judges.JUDGES, *({args.suite} & OWN)}
+    if unknown := set(args.judges) - known:
+        raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown; --suite {args.suite} has "
+                         f"{', '.join(sorted(known))}")
+    if args.guidance == "csv" and args.suite in OWN:
+        raise ValueError(f"--guidance csv: --suite {args.suite} has no guidance column; give a number")
+    for device in (args.device, args.noise):
+        usable(device)
     flags = {args.model: "--model", args.base: "--base"}
     for name, trick in models.values():
         if trick in SLD and args.sampler in SCHEDULERS:
             raise ValueError(f"--also {trick}: drawn by --sampler ddim or lms, not {args.sampler}")
         if not args.rescore:
-            steps = args.steps if args.sampler == "ddim" else 2  # others take the betas alone
-            check_model(flags.get(name, "--also"), name, steps, args.eta)
-    if args.fid and not (args.save_images or args.rescore):
-        raise ValueError("--fid reads the pictures from their files, as clean-fid does: add --save-images")
+            check_steps(args.sampler, check_model(flags.get(name, "--also"), name), args.steps, args.eta)
     if args.fid:
-        judges.list_pictures(args.fid, "--fid")
+        if not (args.save_images or args.rescore):
+            raise ValueError("--fid reads pictures from their files, as clean-fid does: add --save-images")
+        judges.list_pictures(args.fid)
+        judges.fetch(judges.INCEPTION, args.cache)
     if "nudenet" in args.judges and (problem := judges.check_nudenet()):
         if not args.nudenet_by_default:
             raise ValueError(problem)
         args.judges.remove("nudenet")
-        notes.append(f"no NudeNet figures: {problem.split(', or')[0]}")
-    return notes
-
-
-def check_saved(args, models: dict, rows: list[Row]):
-    """Every picture that --rescore is to judge has to be there."""
-    for label in models:
-        missing = [row.key for row in rows if not saved(args.folders[label], row).is_file()]
-        if missing:
-            raise ValueError(f"--rescore: {len(missing)} of {len(rows)} pictures of {label} are not in "
-                             f"{args.out} (first {missing[0]}.png): run once with --save-images")
-
-
-@contextmanager
-def refusing():
-    """Bad input ends the program with one line that says what to change. Not around the work itself, where
-    the same exceptions would be mistakes of ours and deserve their traceback."""
-    try:
-        yield
-    except (ValueError, OSError, parallel.Ended) as error:
-        first, _ = stop.tell(error)[0]  # of several processes
-        if parallel.rank() == first:
-            print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def provenance(made: dict, settings: dict, judged: dict, notes: list, args) -> dict:
-    """Where the figures come from: what a reader needs to make them again."""
-    packages = ("torch", "diffusers", "transformers", "numpy", "pillow")
-    device = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
-    return {"models": made, **settings, "judges": judged, "notes": notes, "safety_checker": "off",
-            "device": device, "commit": output.commit(),
-            "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}}
-
-
-def make_report(args, rows: list[Row], raw: dict, fids: dict, facts: dict):
-    """The tables of every model, merged, with the difference of the model and its base."""
-    by_key = {row.key: row for row in rows}
-    made = {label: SUITES[args.suite].tables(by_key, found, args.score_clip, fids.get(label))
-            for label, found in raw.items()}
-    merged = merge(made, (args.model, args.base) if args.base else None)
-    head = [f"# {args.suite}: {args.model}" + (f" beside {args.base}" if args.base else ""), "",
-            f"{len(rows)} pictures a model, {args.sampler}, {args.steps} steps, guidance {args.guidance}"
-            + (f", eta {args.eta}" if args.sampler == "ddim" else "")]
-    report.write(merged, head, facts, args.out)
+        return [f"no NudeNet figures: {problem.split(', or')[0]}"]
+    return []
 
 
 def main(argv=None):
     args, started = parse(argv), time.time()
     parallel.join()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
-    suite = SUITES[args.suite]
-    with refusing():
-        models = name_models(args)
-        notes = check(args, models)
-        rows, source, remarks = suite.rows(args)
-        if args.rescore:
-            check_saved(args, models, rows)
-        files = judges.judge_files(args)
-        chosen, judged = judges.make_judges(args, suite, files)
-        args.out.mkdir(parents=True, exist_ok=True)
+    suite, models = SUITES[args.suite], name_models(args)
+    notes = check(args, models)
+    rows, source, remarks = suite.rows(args)
+    chosen, judged = judges.make_judges(args, suite)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with run.locked(args.out):
+        for note in () if parallel.rank() else [log.heading(args.out), *notes, *remarks]:
+            print(note, file=sys.stderr)
+        header = parallel.gather(made_with(args, source, judged))[0]
+        made, raw = draw_and_judge(args, models, rows, chosen, header)
         if not parallel.rank():
-            lock.hold(args.out)
-    notes += remarks
-    for note in () if parallel.rank() else [output.heading(args.out), *notes]:
-        print(note, file=sys.stderr)
+            facts = {"models": made, "prompts": source, **header, "notes": notes + remarks,
+                     "safety_checker": "off", "commit": log.commit()}
+            tabulate(args, models, rows, raw, facts)
+            print(f"{args.out / 'report.md'}: {len(rows)} pictures of each of {len(models)} models, "
+                  f"{time.time() - started:.0f} s", file=sys.stderr)
 
+
+def made_with(args, source: dict, judged: dict) -> dict:
+    """What decides over the results, which a start that continues has to share: flags, what was read and who
+    judges by content, device and versions."""
     flags = ("suite", "sampler", "steps", "eta", "guidance", "noise", "dtype", "seed", "samples", "images")
-    settings = source | {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
-    header, shown = {"settings": settings, "judges": judged}, report.grid_rows(rows)
+    settings = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
+    device = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
+    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    return {"settings": settings | {"prompts": list(source.values())}, "judges": judged, "device": device,
+            "versions": versions}
+
+
+def draw_and_judge(args, models: dict, rows: list[Row], chosen: list, header: dict) -> tuple[dict, dict]:
+    """label -> who the model is, label -> {picture: what the judges said}; and the grid of all models."""
+    shown = [] if args.rescore or parallel.rank() else report.grid_rows(rows)
     made, raw, strips = {}, {}, []
     for label, (name, trick) in models.items():
-        folder = args.folders[label]
-        with refusing():
-            pipe, made[label], done = results.open_model(name, trick, folder, args, header)
-        if not args.rescore and not parallel.rank():
-            strips += [results.draw(pipe, [row], trick, args).cpu() for row in shown]
-        raw[label] = results.finish_model(pipe, trick, folder, rows, done, args, chosen,
-                                          {**header, "model": made[label]})
+        path, made[label], done = results.open_results(name, trick, args.folders[label], args, header)
+        pipe = None if args.rescore else results.load(name, args)
+        strips += [results.draw(pipe, [row], trick, args).cpu() for row in shown]
+        raw[label] = results.finish(pipe, trick, path, done, rows, args, chosen)
         del pipe  # before the next one is loaded
-    if parallel.rank():
-        return
     if strips:
-        hide = not (suite.HARMLESS or args.show)
+        hide = not (args.suite in OWN or args.show)
         report.save_strips(strips, list(models), shown, args.out / "grid.png", hide)
+    return made, raw
 
+
+def tabulate(args, models: dict, rows: list[Row], raw: dict, facts: dict):
+    """The tables of every model, merged, with the difference of the model and its base, as a report."""
     fids = {}
     if args.fid:
         drawn = {label: [saved(args.folders[label], row) for row in rows] for label in models}
-        fids, judged["fid"] = judges.frechet_distances(args, files["inception"], drawn)
-    make_report(args, rows, raw, fids, provenance(made, settings, judged, notes, args))
-    print(f"{args.out / 'report.md'}: {len(rows)} pictures of each of {len(models)} models, "
-          f"{time.time() - started:.0f} s", file=sys.stderr)
+        fids, facts["judges"]["fid"] = judges.frechet_distances(args, drawn)
+    by_key = {row.key: row for row in rows}
+    tables = {label: SUITES[args.suite].tables(by_key, found, args.score_clip, fids.get(label))
+              for label, found in raw.items()}
+    pair = (args.model, args.base) if args.base else None
+    head = [f"# {args.suite}: {args.model}" + (f" beside {args.base}" if args.base else ""), "",
+            f"{len(rows)} pictures a model, {args.sampler}, {args.steps} steps, guidance {args.guidance}"
+            + (f", eta {args.eta}" if args.sampler == "ddim" else "")]
+    report.write(merge(tables, pair, report.PUBLISHED.get(args.suite, {})), head, facts, args.out)
 
 
 if __name__ == "__main__":
-    output.steady()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: stopped; the same command goes on from here")
-    except parallel.Lost as error:
-        sys.exit(f"evaluate.py: {error}; the same command goes on from here")
+    run_script("evaluate.py", main)

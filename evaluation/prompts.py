@@ -1,19 +1,20 @@
-"""Prompts of one's own: .txt files by category, as train.py reads them, or any CSV, such as an attack's.
-Sampled as RECE's and the paper's generate_images.py sample an attack's prompts."""
+"""Two suites: prompts of one's own, by category, or any table of prompts, such as an attack's; and captions
+of COCO, for CLIP score and FID. Sampled as RECE's and the paper's generate_images.py sample both."""
 
-from evaluation.rows import Row, read_files
+from evaluation.rows import Row, finish, read_files
 from evaluation.statistics import Table
-from evaluation.tables import categories_of, safety_tables, utility_table
+from evaluation.tables import safety_tables, utility_tables
 
-SETTINGS = dict(sampler="lms", steps=50, eta=0.0, guidance=7.5, samples=1, judges="q16,nudenet", batch=8)
-HARMLESS = False
+DRAWN = dict(sampler="lms", steps=50, eta=0.0, guidance=7.5, samples=1, batch=8)
+SETTINGS = {"coco": DRAWN | {"judges": "clip"}, "prompts": DRAWN | {"judges": "q16,nudenet"}}
 
 
 def rows(args) -> tuple[list[Row], dict, list[str]]:
     if not args.prompts:
-        raise ValueError("--suite prompts needs --prompts FILE.csv or FILE.txt")
-    return read_files(args.prompts, ("prompt",), args, plain=True)
+        raise ValueError(f"--suite {args.suite} needs --prompts FILE")
+    prompts, source, notes = read_files(args.prompts, (), args)
+    return finish(prompts, args, notes), source, notes
 
 
 def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
-    return [*safety_tables(rows, raw, categories_of(rows)), *utility_table(raw, clip, fid)]
+    return safety_tables(rows, raw) + utility_tables(raw, clip, fid)

@@ -1,20 +1,14 @@
-"""What every suite's reader shares: a row for each picture to draw, CSVs of prompts, a fixed draw of some.
+"""What every suite's reader shares: a row for each picture to draw, and a fixed part of the prompts.
 
-A CSV has I2P's columns in either published format: the hub's (AIML-TUDA/i2p) or the repackaged one of ESD,
-RECE and MACE. Row 2260 of I2P has no prompt: it is empty in the repackaged file, which harnesses that read it
-with pandas turn into "nan", and the word "Null" in the hub's, which pandas leaves a word. It is drawn with
-the empty prompt here.
+A table has I2P's columns in either published format: the hub's (AIML-TUDA/i2p) or the repackaged one of ESD,
+RECE and MACE. A row without a seed of its own has --seed plus its case: no two share their noise.
 """
 
-import random
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from evaluation.judges import sha256
-from plumbing import texts
+from plumbing.prompts import COLUMNS, Record, column, number, read_records
 
-I2P = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity")
-MOST, MOST_SIDE, MOST_GUIDANCE = 2**63 - 1, 8192, 1000.0   # seeds and cases, pixels, guidance (I2P's: 255)
+MOST_SIDE, MOST_GUIDANCE = 8192, 1000.0   # pixels, guidance (I2P's: 255)
 
 
 @dataclass(frozen=True)
@@ -23,7 +17,7 @@ class Row:
     case: int              # what everything is joined by, together with `image`
     image: int             # counts a prompt's pictures: picture k has draw k of the prompt's noise stream
     prompt: str
-    groups: tuple          # I2P's categories, GenEval's task, a prompt file's category
+    groups: tuple          # the prompt's categories, or GenEval's task
     seed: int
     guidance: float
     width: int = 0         # 0: the model's own size
@@ -35,80 +29,45 @@ class Row:
         return f"{self.case:05d}_{self.image}"
 
 
-def table_rows(path, lines: list, required: tuple, guidance, seed: int, first: int):
-    """The rows of a table with I2P's columns in either published format; `required` ones have to be there.
-    Cases are counted from `first`. Returns them and what has to be said about them."""
-    there = lines[0][1]
-    missing = [" or ".join(texts.COLUMNS[need]) for need in required if texts.column(there, need) is None]
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(there)}")
-    rows, notes = [], []
-    for index, (line, fields) in enumerate(lines):
-        whole = {need: texts.number(path, line, fields, need, high=most) for need, most in (
-            ("case", MOST), ("seed", MOST), ("width", MOST_SIDE), ("height", MOST_SIDE))}
-        odd = [side for side in ("width", "height") if (whole[side] or 0) % 8]
-        if odd:
-            raise ValueError(f"{path}, line {line}: {odd[0]} {whole[odd[0]]} is no multiple of 8 (the VAE's)")
-        scale = (texts.number(path, line, fields, "guidance", float, high=MOST_GUIDANCE)
-                 if guidance == "csv" else float(guidance))
-        case = first + (index if whole["case"] is None else whole["case"])
-        text = fields[texts.column(fields, "prompt")].strip()
-        if text in texts.NO_PROMPT:
-            notes.append(f"case {case} has no prompt ({text!r} in the file): drawn with ''")
-            text = ""
-        name = texts.column(fields, "categories")
-        groups = tuple(c for c in I2P if name and c in str(fields[name]))  # as substrings, as all do
-        rows.append(Row(case, 0, text, groups, seed + case if whole["seed"] is None else whole["seed"], scale,
-                        whole["width"] or 0, whole["height"] or 0))
-    if len({row.case for row in rows}) < len(rows):
-        raise ValueError(f"{path}: {texts.column(there, 'case')} repeats a number; all is joined by it")
-    return rows, notes
-
-
-def stratified(rows: list[Row], limit: int, seed: int) -> list[Row]:
-    """A fixed draw of `limit` prompts, each group in proportion: every (n / limit)-th row of the rows sorted
-    by group, in random order within a group. Kept in the order of the file."""
-    order = list(rows)
-    random.Random(seed).shuffle(order)
-    order.sort(key=lambda row: row.groups)  # stable: random within a group
-    picked = {order[int((i + 0.5) * len(order) / limit)].case for i in range(min(limit, len(order)))}
-    return [row for row in rows if row.case in picked]
-
-
-def finish(rows: list[Row], args, notes: list, path) -> list[Row]:
-    """--limit, said in the notes, and --samples: picture 0, 1, ... of each prompt."""
+def read_files(paths: list, needs: tuple, args) -> tuple[list[Row], dict, list[str]]:
+    """A row for each prompt of these files, each numbered on from the one before; {path: sha256}; notes.
+    needs: which of COLUMNS a table has to have; where there are none, plain lines will do, too."""
+    needs += ("guidance",) * (args.guidance == "csv")
+    rows, source = [], {}
+    for path in paths:
+        records, source[str(path)] = read_records(path)
+        first = max((row.case for row in rows), default=-1) + 1
+        rows += [to_row(path, record, first, index, needs, args) for index, record in enumerate(records)]
+        if len({row.case for row in rows}) < len(rows):
+            raise ValueError(f"{path}: case_number repeats a number; all is joined by it")
     if not rows:
-        raise ValueError(f"{path}: no prompt in it")
-    if args.limit:
-        total, rows = len(rows), stratified(rows, args.limit, args.seed)
-        notes.append(f"{len(rows)} of {total} prompts, a stratified draw with seed {args.seed}")
+        raise ValueError(f"{paths[0]}: no prompt in it")
+    return rows, source, [f"case {row.case} has no prompt: drawn with ''" for row in rows if not row.prompt]
+
+
+def to_row(path, record: Record, first: int, index: int, needs: tuple, args) -> Row:
+    """A record's row. Its case is `first`, that of its file, and its own number, or else its index there."""
+    missing = [" or ".join(COLUMNS[need]) for need in needs if column(record.fields, need) is None]
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(record.fields)}")
+    own, seed = number(path, record, "case"), number(path, record, "seed")
+    case = first + (index if own is None else own)
+    guidance = args.guidance
+    if guidance == "csv":
+        guidance = number(path, record, "guidance", float, high=MOST_GUIDANCE)
+    sides = {side: number(path, record, side, high=MOST_SIDE) or 0 for side in ("width", "height")}
+    if any(pixels % 8 for pixels in sides.values()):
+        raise ValueError(f"{path}, line {record.line}: a side of {sides} is no multiple of 8 (the VAE's)")
+    return Row(case, 0, record.text, tuple(dict.fromkeys(record.categories)),
+               args.seed + case if seed is None else seed, guidance, **sides)
+
+
+def finish(rows: list[Row], args, notes: list) -> list[Row]:
+    """--limit: each group in proportion, by every (n / limit)-th row of the rows sorted by group; said in the
+    notes. --samples: picture 0, 1, ... of each prompt."""
+    n, limit = len(rows), args.limit
+    if limit and limit < n:
+        order = sorted(range(n), key=lambda i: rows[i].groups)
+        rows = [rows[i] for i in sorted(order[int((k + 0.5) * n / limit)] for k in range(limit))]
+        notes.append(f"{limit} of {n} prompts, spread evenly over the groups")
     return [replace(row, image=k) for row in rows for k in range(args.samples)]
-
-
-def read_files(paths: list, required: tuple, args, plain=False) -> tuple[list[Row], dict, list[str]]:
-    """rows, source, notes of a suite whose prompts are tables or, with `plain`, also plain lines: of all
-    files that are given, each numbered on from the one before."""
-    required += ("guidance",) * (args.guidance == "csv")
-    rows, notes = [], []
-    for path in map(Path, paths):
-        first, lines = max((row.case for row in rows), default=-1) + 1, texts.read_table(path)
-        if lines is not None:
-            more, said = table_rows(path, lines, required, args.guidance, args.seed, first)
-            rows, notes = rows + more, notes + said
-        elif plain:
-            guidance = one_guidance(args)
-            rows += [Row(case, 0, p.text, (p.category,) if p.category else (), args.seed + case, guidance)
-                     for case, p in enumerate(texts.read_prompts([path]), first)]
-        else:
-            raise ValueError(f"{path}: lines of plain text; this suite needs a CSV or JSONL with its columns "
-                             + ", ".join(" or ".join(texts.COLUMNS[need]) for need in required))
-    alone = len(paths) == 1 and lines is not None
-    source = {Path(path).name if alone else str(path): sha256(path) for path in paths}
-    return finish(rows, args, notes, paths[0]), {"prompts": source}, notes
-
-
-def one_guidance(args) -> float:
-    """--guidance, where the prompts bring none of their own."""
-    if args.guidance == "csv":
-        raise ValueError(f"--guidance csv: --suite {args.suite} has no guidance column; give a number")
-    return args.guidance

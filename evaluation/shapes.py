@@ -7,31 +7,29 @@ import numpy as np
 import torch
 
 import shapes
-from evaluation.rows import Row, one_guidance
-from evaluation.statistics import Table
+from evaluation.rows import Row
+from evaluation.statistics import Counts, Rates, Table, Variety
 from shapes import pixels
 from shapes.scenes import COLORS, HARM_WORDS, TASKS, TRAINED_ON, evaluation_prompts
 
-SETTINGS = dict(sampler="ddim", steps=shapes.STEPS, eta=1.0, guidance=shapes.GUIDANCE, samples=1,
-                judges="shapes", batch=128, images=200)
-HARMLESS = True
+SETTINGS = {"shapes": dict(sampler="ddim", steps=shapes.STEPS, eta=1.0, guidance=shapes.GUIDANCE, samples=1,
+                           judges="shapes", batch=128, images=200)}
 HELD_OUT = tuple(c for c in HARM_WORDS if c not in TRAINED_ON)
 
 
 def rows(args) -> tuple[list[Row], dict, list[str]]:
     """At least --images pictures for each kind of prompt (harm trained on, held out, explicit, calm, benign),
     spread evenly over the kind's categories and over each category's captions."""
-    if args.limit or args.prompts or args.samples > 1:
-        raise ValueError("--suite shapes has its prompts: use --images, not --limit, --prompts or --samples")
-    if "shapes" not in args.judges:
-        raise ValueError("--suite shapes is judged by its pixels: leave --judges away")
-    guidance, texts = one_guidance(args), {}
+    if args.limit or args.prompts or args.samples > 1 or "shapes" not in args.judges:
+        raise ValueError("--suite shapes has prompts and a judge of its own: use --images, and leave --limit,"
+                         " --prompts, --samples and --judges away")
+    texts = {}
     for text, category in evaluation_prompts():
         texts.setdefault(category, []).append(text)
     picked = [(texts[category][i % len(texts[category])], category)
               for kind in (TRAINED_ON, HELD_OUT, ("explicit",), ("calm",), TASKS)
               for category in kind for i in range(-(-args.images // len(kind)))]
-    return [Row(case, 0, text, (category,), args.seed + case, guidance)
+    return [Row(case, 0, text, (category,), args.seed + case, args.guidance)
             for case, (text, category) in enumerate(picked)], {}, []
 
 
@@ -44,32 +42,39 @@ def judge(images: list, rows: list[Row]) -> list[dict]:
             for row, found, unsafe in zip(rows, pixels.detect(seen), pixels.is_unsafe(seen))]
 
 
-def make_judge(args, clip, files: dict):
-    """The judge, and what it is; it needs neither a CLIP nor files."""
+def make_judge(args, clip):
+    """The judge, and what it is; it needs no CLIP."""
     return judge, {"detector": "shapes.pixels.detect"}
 
 
 def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
     """The exact test bed: unsafe by group and by harm category, red objects, compositional accuracy."""
-    def pick(field, *groups):
-        return {k: int(r[field]) for k, r in raw.items() if set(rows[k].groups) & set(groups)}
-    rows_of = {"harm, trained on": TRAINED_ON, "harm, held out": HELD_OUT, "explicit": ("explicit",),
-               "calm": ("calm",), "benign": TASKS, "calm and benign": ("calm", *TASKS)}
-    marked = {f"{c} ({'trained on' if c in TRAINED_ON else 'held out'})": c for c in HARM_WORDS}
+    def of(groups) -> dict:
+        return {k: found for k, found in raw.items() if set(rows[k].groups) & set(groups)}
+
+    def rates(field, groups):
+        return Rates({k: int(found[field]) for k, found in of(groups).items()})
+
+    def colours(groups):
+        return Variety({k: [sum(o[0] == c for o in found["objects"]) for c in COLORS]
+                        for k, found in of(groups).items()})
+
+    kinds = {"harm, trained on": TRAINED_ON, "harm, held out": HELD_OUT, "explicit": ("explicit",),
+             "calm": ("calm",), "benign": TASKS, "calm and benign": ("calm", *TASKS)}
+    harm = {f"{c} ({'trained on' if c in TRAINED_ON else 'held out'})": (c,) for c in HARM_WORDS}
+    plain = {"single objects": TASKS[:1], "pairs": TASKS[1:2], "both": TASKS[:2]}  # captions without a colour
     reading = "pixel detector"
     return [
-        Table("Unsafe pictures, %", "rate", "Any red. Columns by kind of prompt.",
-              {reading: {name: pick("unsafe", *groups) for name, groups in rows_of.items()}}),
-        Table("Unsafe pictures by harm category, %", "rate", "Trained on, and kept for generalisation.",
-              {reading: {name: pick("unsafe", c) for name, c in marked.items()}}),
-        Table("Compositional accuracy, %", "rate", "Of the benign prompts, by the caption's own task.",
-              {reading: {t: pick("correct", t) for t in TASKS}}, macro="mean of six"),
-        Table("Variety, effective number of colours", "variety",
+        Table("Unsafe pictures, %", "Any red. Columns by kind of prompt.",
+              {reading: {name: rates("unsafe", groups) for name, groups in kinds.items()}}),
+        Table("Unsafe pictures by harm category, %", "Trained on, and kept for generalisation.",
+              {reading: {name: rates("unsafe", groups) for name, groups in harm.items()}}),
+        Table("Compositional accuracy, %", "Of the benign prompts, by the caption's own task.",
+              {reading: {task: rates("correct", (task,)) for task in TASKS}}, macro="mean of six"),
+        Table("Variety, effective number of colours",
               "exp of the entropy over the objects on captions that name no colour; 5 where all five benign "
               "colours are equally common.",
-              {reading: {name: {k: [sum(o[0] == c for o in r["objects"]) for c in COLORS]
-                                for k, r in raw.items() if set(rows[k].groups) & set(groups)}
-                         for name, groups in (("single objects", TASKS[:1]), ("pairs", TASKS[1:2]),
-                                              ("both", TASKS[:2]))}}),
-        Table("Red objects", "count", "Objects, not pictures.",
-              {reading: {name: pick("red", *groups) for name, groups in rows_of.items()}})]
+              {reading: {name: colours(groups) for name, groups in plain.items()}}),
+        Table("Red objects", "Objects, not pictures.",
+              {reading: {name: Counts({k: found["red"] for k, found in of(groups).items()})
+                         for name, groups in kinds.items()}})]

@@ -1,10 +1,11 @@
 """From the values of single pictures to the cells of a table: rates, counts, means and their 95 % intervals.
 
-    k of n pictures, p = k/n, z = 1.96;  d_i = a_i - b_i  model minus base on picture i, drawn from one noise
+A column of a table is of one of the classes below. interval() is its cell: value, low, high, n; minus(other)
+is the column of the paired differences d_i = a_i - b_i, on the pictures i that both have from one noise.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean, variance
 
 import torch
@@ -15,23 +16,86 @@ BOOTSTRAP = 1000
 
 
 @dataclass
-class Table:
-    """One table of one model.
+class Number:
+    """A figure of all pictures together, such as FID: without an interval."""
+    value: float
+    kind = "mean"
 
-    readings: protocol -> column -> {picture: value}; FID's column is one number. kind: "rate" of 0/1 values
-    in per cent, "count" their sum, "mean" their mean, "variety" the effective number of kinds of which each
-    picture holds a list of counts. macro: a last column's name, the mean of the others.
-    """
-    title: str
-    kind: str
-    note: str
-    readings: dict
-    macro: str = ""
-    published: dict = field(default_factory=dict)
+    def interval(self) -> dict:
+        return {"value": self.value, "n": None}
+
+    def minus(self, other):
+        return Number(self.value - other.value)
+
+
+@dataclass
+class Column:
+    """{picture: value}, or with `paired` {picture: d_i}. A subclass has its kind, and ends(values): value
+    and, where it has an interval, low and high."""
+    values: dict
+    paired: bool = False
+
+    def interval(self) -> dict:
+        values = list(self.values.values())
+        ends = self.ends(values) if values else (None,)
+        n = 0 if ends[0] is None else len(values)
+        return {**dict(zip(("value", "low", "high"), ends)), "n": n}
+
+    def minus(self, other):
+        both = [key for key in self.values if key in other.values]
+        return type(self)({key: self.values[key] - other.values[key] for key in both}, paired=True)
+
+
+class Means(Column):
+    kind = "mean"
+
+    def ends(self, values: list) -> tuple:
+        """The mean and its normal interval, which is not a number for a single value."""
+        half = Z * math.sqrt(variance(values) / len(values)) if len(values) > 1 else math.nan
+        return fmean(values), fmean(values) - half, fmean(values) + half
+
+
+class Rates(Column):
+    """Of values 0 and 1, in per cent."""
+    kind = "rate"
+
+    def ends(self, values: list) -> tuple:
+        low, high = paired_rates(values) if self.paired else wilson(sum(values), len(values))
+        return 100 * fmean(values), 100 * low, 100 * high
+
+
+class Counts(Means):
+    """Sums. The published tables give no interval with them: neither do we, but with a difference."""
+    kind = "count"
+
+    def ends(self, values: list) -> tuple:
+        if not self.paired:
+            return (sum(values),)
+        return tuple(len(values) * end for end in super().ends(values))
+
+
+class Variety(Column):
+    """The effective number of kinds, from a list of K counts for each picture, or with `paired` from two such
+    lists, whose numbers are subtracted. Interval: the middle 95 % of draws of n pictures with replacement."""
+    kind = "variety"
+
+    def minus(self, other):
+        both = {key: (self.values[key], other.values[key]) for key in self.values if key in other.values}
+        return Variety(both, paired=True)
+
+    def ends(self, values: list) -> tuple:
+        sides = list(zip(*values)) if self.paired else [values]
+        if not all(any(map(any, side)) for side in sides):
+            return (None,)
+        numbers, *base = map(effective_numbers, sides)
+        if self.paired:
+            numbers = numbers - base[0]
+        low, high = numbers[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return numbers[0].item(), low, high
 
 
 def wilson(k: float, n: int) -> tuple[float, float]:
-    """95 % interval of a rate: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), p = k/n."""
+    """95 % interval of a rate, p = k/n: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
     p, shrink = k / n, 1 + Z * Z / n
     centre = (p + Z * Z / (2 * n)) / shrink
     half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / shrink
@@ -39,56 +103,22 @@ def wilson(k: float, n: int) -> tuple[float, float]:
 
 
 def paired_rates(differences: list) -> tuple[float, float]:
-    """95 % interval of a difference of rates on the same pictures (Bonett and Price 2012).
-
-    p+ and p- are the counts of +1 and -1, one added to each, over n + 2:
-    (p+ - p-) ± z √((p+ + p- - (p+ - p-)²) / (n + 2)).
-    Unlike Wald's, it does not shrink to nothing where model and base agree everywhere.
-    """
+    """95 % interval of a difference of rates on the same pictures (Bonett and Price 2012): with p+ and p- the
+    counts of +1 and -1, one added to each, over n + 2: p+ - p- ± z √((p+ + p- - (p+ - p-)²) / (n + 2))."""
     n = len(differences) + 2
     up, down = (sum(d > 0 for d in differences) + 1) / n, (sum(d < 0 for d in differences) + 1) / n
     half = Z * math.sqrt((up + down - (up - down) ** 2) / n)
     return max(-1.0, up - down - half), min(1.0, up - down + half)
 
 
-def effective_number(counts):
+def effective_numbers(pictures: list):
     """exp of the entropy of the kinds' shares (Hill's number of order 1): K where K kinds are equally common,
-    1 where there is one. counts (..., K) -> (...)."""
-    return Categorical(counts).entropy().exp()
-
-
-def variety_cell(pictures: list) -> dict:
-    """The effective number over n pictures, each a list of K counts, or a pair of them: then the first's
-    minus the second's. Its interval is the middle 95 % of BOOTSTRAP draws of n pictures with replacement."""
-    counts = torch.tensor(pictures, dtype=torch.float64)                              # (n, [2,] K)
-    if not len(counts) or not counts.sum(0).sum(-1).all():
-        return {"value": None, "n": 0}
+    1 where there is one. Of n pictures, each a list of K counts, then of BOOTSTRAP draws of n of them, the
+    same draws for any n pictures -> (1 + BOOTSTRAP,)."""
+    counts = torch.tensor(pictures, dtype=torch.float64)                              # (n, K)
     draws = torch.randint(len(counts), (BOOTSTRAP, len(counts)), generator=torch.Generator().manual_seed(0))
-    totals = torch.stack([counts.sum(0), *(counts[draw].sum(0) for draw in draws)])   # (1 + draws, [2,] K)
-    numbers = effective_number(totals + 1e-12)  # a draw may hold nothing but empty pictures
-    numbers = numbers[:, 0] - numbers[:, 1] if counts.ndim == 3 else numbers
-    low, high = numbers[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"value": numbers[0].item(), "low": low, "high": high, "n": len(counts)}
-
-
-def cell(values, kind: str, paired: bool = False) -> dict:
-    """value, low, high, n of one column: {picture: value}, or {picture: difference} with paired=True."""
-    if not isinstance(values, dict):
-        return {"value": values, "n": None}
-    values, n = list(values.values()), len(values)
-    if kind == "variety":
-        return variety_cell(values)
-    if n == 0:
-        return {"value": None, "n": 0}
-    mean, scale = fmean(values), {"rate": 100, "count": n, "mean": 1}[kind]
-    if kind == "count" and not paired:  # the published tables count and give no interval: neither do we
-        return {"value": sum(values), "n": n}
-    if kind == "rate":
-        low, high = paired_rates(values) if paired else wilson(sum(values), n)
-    else:  # normal; not a number for a single value
-        half = Z * math.sqrt(variance(values) / n) if n > 1 else math.nan
-        low, high = mean - half, mean + half
-    return {"value": scale * mean, "low": scale * low, "high": scale * high, "n": n}
+    totals = torch.stack([counts.sum(0), *(counts[draw].sum(0) for draw in draws)])
+    return Categorical(totals + 1e-12).entropy().exp()  # a draw may hold nothing but empty pictures
 
 
 def macro_cell(cells: list[dict]) -> dict:
@@ -102,34 +132,37 @@ def macro_cell(cells: list[dict]) -> dict:
     return {"value": mean, "low": mean - down, "high": mean + up, "n": sum(c["n"] for c in cells)}
 
 
-def subtract(a, b):
-    """Picture by picture where both were drawn; numbers as they are, and lists of counts side by side."""
-    if not isinstance(a, dict):
-        return a - b
-    return {k: [a[k], b[k]] if isinstance(a[k], list) else a[k] - b[k] for k in a if k in b}
+@dataclass
+class Table:
+    """One table of one model. readings: protocol -> name -> column; macro: name of a last column, the mean of
+    the others."""
+    title: str
+    note: str
+    readings: dict
+    macro: str = ""
 
 
-def cells_of(columns: dict, table: Table, paired: bool = False) -> dict:
-    cells = {name: cell(values, table.kind, paired) for name, values in columns.items()}
-    if table.macro:
-        cells[table.macro] = macro_cell(list(cells.values()))
-    return cells
-
-
-def merge(models: dict[str, list[Table]], pair: tuple[str, str] | None) -> list[dict]:
-    """One JSON-ready table for each title: the rows of every model by reading, and the paired difference."""
+def merge(models: dict[str, list[Table]], pair: tuple[str, str] | None, published: dict) -> list[dict]:
+    """One JSON-ready table for each title: a line for every reading and model, and the paired difference.
+    published: title -> rows of others, shown where they have a figure for each column."""
     merged = []
-    for index, first in enumerate(next(iter(models.values()))):
-        lines = []
+    for tables in zip(*models.values()):
+        first, lines = tables[0], []
         for reading in first.readings:
-            for name, tables in models.items():
-                columns = tables[index].readings[reading]
-                lines.append({"model": name, "reading": reading, "cells": cells_of(columns, first)})
+            own = {model: table.readings[reading] for model, table in zip(models, tables)}
             if pair:
-                a, b = (models[name][index].readings[reading] for name in pair)
-                columns = {c: subtract(a[c], b[c]) for c in a}
-                lines.append({"model": f"{pair[0]} minus {pair[1]}, paired", "reading": reading,
-                              "cells": cells_of(columns, first, paired=True), "difference": True})
-        merged.append({"title": first.title, "kind": first.kind, "note": first.note.strip(), "rows": lines,
-                       "published": [{"model": k, "values": v} for k, v in first.published.items()]})
+                ours, base = (own[model] for model in pair)
+                own[f"{pair[0]} minus {pair[1]}, paired"] = {c: ours[c].minus(base[c]) for c in ours}
+            for model, columns in own.items():
+                cells = {name: column.interval() for name, column in columns.items()}
+                if first.macro:
+                    cells[first.macro] = macro_cell(list(cells.values()))
+                lines.append({"model": model, "reading": reading, "cells": cells})
+            if pair:
+                lines[-1]["difference"] = True
+        others = published.get(first.title, {}).items()
+        shown = [{"model": model, "values": v} for model, v in others if len(v) == len(lines[0]["cells"])]
+        note = f"{first.note} {published.get('remark', '')}".strip() if shown else first.note
+        merged.append({"title": first.title, "kind": next(iter(columns.values())).kind, "note": note,
+                       "rows": lines, "published": shown})
     return merged
