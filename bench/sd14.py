@@ -1,7 +1,7 @@
 """Stable Diffusion v1.4 and CLIP ViT-H/14 in their published shapes with random weights; no downloads.
 
 Time and memory depend on shapes alone. The vocabulary of their tokenizer is not at hand, so that of the
-shapes world stands in, at the full length of 77 tokens. It knows no words but its own: ANCHORS have some.
+shapes world stands in, at the full length of 77 tokens; it spells words that it does not know.
 """
 
 import torch
@@ -10,8 +10,6 @@ from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel,
                           CLIPTextConfig, CLIPTextModel, CLIPTokenizer)
 
 from shapes import WEIGHTS
-
-ANCHORS = WEIGHTS.parent / "anchors.txt"
 
 
 def stand_in_tokenizer() -> CLIPTokenizer:
@@ -40,10 +38,10 @@ def vit_h14(device, dtype):
     """laion/CLIP-ViT-H-14-laion2B-s32B-b79K's published configuration, as load_clip would return it."""
     tokenizer = stand_in_tokenizer()
     tower = dict(num_attention_heads=16, hidden_act="gelu", projection_dim=1024)
-    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, **tower)
+    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, **tower,
+                eos_token_id=tokenizer.eos_token_id)
     vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14, **tower)
     config = CLIPConfig(projection_dim=1024, text_config=text, vision_config=vision)
-    config.text_config.eos_token_id = tokenizer.eos_token_id
     with torch.device(device):
         clip = CLIPModel(config).to(dtype)
     return clip, tokenizer, CLIPImageProcessor()
