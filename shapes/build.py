@@ -1,9 +1,7 @@
 """The world's three networks and their prompt file, made from nothing.
 
 They are trained in the order of the real thing: a CLIP on pictures and captions, an AutoencoderKL, and a
-UNet2DConditionModel that reads the text through CLIP's text tower, with caption dropout for guidance. They
-are saved in the formats of diffusers and transformers, so that the code that loads Stable Diffusion loads
-them too.
+UNet2DConditionModel that reads the text through CLIP's text tower, with caption dropout for guidance.
 
     python -m shapes.build              # rebuild shapes/weights: half an hour to an hour on two CPU cores
     python -m shapes.build --report     # only measure: detector, reconstruction, CLIP retrieval
@@ -23,9 +21,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from plumbing import output, stop
+from plumbing import log, stop
 from plumbing.models import load_clip
-from plumbing.texts import read_anchors
+from plumbing.prompts import read_anchors
 from reward import SteeringReward
 from shapes import WEIGHTS
 from shapes.pixels import SIZE, detect, draw
@@ -41,43 +39,38 @@ CLIP_SIZE = 48    # pixels to which CLIP reduces a picture, as the real one redu
 def make_tokenizer() -> CLIPTokenizer:
     """CLIP's own byte-pair tokenizer, with merges that make every word of the world one token."""
     letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
-    vocab, merges = letters + [c + "</w>" for c in letters], []
-    words = sorted({w for s in all_scenes() for w in caption(s).split()})
-    for word in words:
+    merges = []
+    for word in sorted({w for s in all_scenes() for w in caption(s).split()}):
         parts = list(word[:-1]) + [word[-1] + "</w>"]
-        # replay the merges so far, as the tokenizer will; what they leave is merged left to right
         while len(parts) > 1:
             pairs = list(zip(parts, parts[1:]))
-            known = [pair for pair in pairs if pair in merges]
-            if known:
-                pair = min(known, key=merges.index)
-            else:
-                pair = pairs[0]
+            # replay the merges so far, as the tokenizer will; what they leave is merged left to right
+            pair = next((known for known in merges if known in pairs), pairs[0])
+            if pair not in merges:
                 merges.append(pair)
-                vocab.append("".join(pair))
             i = pairs.index(pair)
             parts[i:i + 2] = ["".join(pair)]
+    vocab = letters + [c + "</w>" for c in letters] + ["".join(pair) for pair in merges]
     vocab += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer({w: i for i, w in enumerate(dict.fromkeys(vocab))}, merges,
                          model_max_length=TEXT_LENGTH)
 
 
-# -------------------------------------------------------------------------------- the loop they share
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 %, then a cosine down to zero."""
-    return peak * min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path):
+    """Beside tokenizer.json stand vocab.json and merges.txt, which libraries before transformers 5 read."""
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
 
 
 def fit(name: str, params, steps: int, peak: float, loss_at, after=None):
-    """Take `steps` AdamW steps on loss_at() -> scalar, the gradient's norm clipped to 1; after(step) follows
-    each."""
+    """Take `steps` AdamW steps on loss_at() -> scalar; after(step) follows each. The rate warms up over the
+    first 5 % and falls to zero by a cosine; the gradient's norm is clipped to 1."""
     params = list(params)
     optimizer = torch.optim.AdamW(params, lr=peak, weight_decay=0.01, betas=(0.9, 0.99))
     bar = tqdm(range(steps), desc=name, mininterval=5)
-    average = None
     for step in bar:
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
+        share = min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = peak * share
         loss = loss_at()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -85,13 +78,10 @@ def fit(name: str, params, steps: int, peak: float, loss_at, after=None):
         optimizer.step()
         if after:
             after(step)
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{average:.4f}")
+        bar.set_postfix(loss=f"{loss.item():.4f}")
 
 
-# -------------------------------------------------------------------------------- CLIP
-
-def train_clip(folder: Path, seed: int, steps: int, batch: int = 192):
+def train_clip(folder: Path, seed: int, steps: int = 1250, batch: int = 192):
     """Contrastive language-image pre-training (arXiv 2103.00020) on fresh pictures; half of each batch are
     the captions most easily confused with the other half."""
     torch.manual_seed(seed)
@@ -122,20 +112,12 @@ def train_clip(folder: Path, seed: int, steps: int, batch: int = 192):
 
     fit("clip", clip.parameters(), steps, 1e-3, loss_at, bound_the_scale)
     clip.half().save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
+    save_tokenizer(tokenizer, folder / "clip")
     CLIPImageProcessor(size={"shortest_edge": CLIP_SIZE}, crop_size=CLIP_SIZE, image_mean=[0.5] * 3,
                        image_std=[0.5] * 3).save_pretrained(folder / "clip")
 
 
-# -------------------------------------------------------------------------------- the autoencoder
-
-def crowd(rng: random.Random):
-    """Four unlike objects, so that each picture teaches as much as it can."""
-    four = place(Scene("counting", ("circle",), number="four"), rng)
-    return [replace(o, shape=rng.choice(SHAPES), color=rng.choice(tuple(COLORS))) for o in four]
-
-
-def train_vae(folder: Path, seed: int, steps: int, batch: int = 8):
+def train_vae(folder: Path, seed: int, steps: int = 3000, batch: int = 8):
     """The autoencoder: 64 x 64 pictures to 8 x 8 latents of 4 channels, L1 loss with a light KL.
 
     What lies between two colours matters, since a UNet that has not made up its mind draws it; reconstruction
@@ -143,24 +125,26 @@ def train_vae(folder: Path, seed: int, steps: int, batch: int = 8):
     mean colour of each 8 x 8 block is a linear map of its latent; and half of the latents are blends of two
     paintings of one scene, which have to decode to the blended picture."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
+    rng, paints = random.Random(seed), tuple(COLORS)
     vae = AutoencoderKL(block_out_channels=(8, 16, 64, 64), down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=4,
                         norm_num_groups=4, sample_size=SIZE).to(memory_format=torch.channels_last)
     block_color = torch.nn.Conv2d(4, 3, 1)
-
     half = batch // 2  # pictures; the other half is the same, repainted
 
+    def scene():
+        """One of the world's pictures, or four unlike objects, which teach more."""
+        if rng.random() >= 0.6:
+            return place(random_scene(rng), rng)
+        four = place(Scene("counting", ("circle",), number="four"), rng)
+        return [replace(o, shape=rng.choice(SHAPES), color=rng.choice(paints)) for o in four]
+
     def loss_at():
-        pictures = [crowd(rng) if rng.random() < 0.6 else place(random_scene(rng), rng)
-                    for _ in range(half)]
-        repainted = [[replace(o, color=rng.choice(tuple(COLORS))) for o in objects] for objects in pictures]
+        pictures = [scene() for _ in range(half)]
+        repainted = [[replace(o, color=rng.choice(paints)) for o in objects] for objects in pictures]
         images = draw(pictures + repainted).to(memory_format=torch.channels_last) * 2 - 1
         share = torch.rand(half, 1, 1, 1)
-
-        def blended(x):
-            return torch.cat([x[:half], x[:half].lerp(x[half:], share)])
-
+        blended = lambda x: torch.cat([x[:half], x[:half].lerp(x[half:], share)])
         posterior = vae.encode(images).latent_dist
         latents = posterior.sample()
         decoded = vae.decode(blended(latents)).sample
@@ -177,8 +161,6 @@ def train_vae(folder: Path, seed: int, steps: int, batch: int = 8):
     vae.half().save_pretrained(folder / "vae")
 
 
-# -------------------------------------------------------------------------------- the UNet
-
 @torch.no_grad()
 def encoded_pictures(vae, texts: list[str], count: int, rng: random.Random):
     """What the UNet learns from: scaled latents (count, 4, 8, 8), and for each the number of its caption in
@@ -192,7 +174,7 @@ def encoded_pictures(vae, texts: list[str], count: int, rng: random.Random):
     return torch.cat(latents), torch.tensor(text_ids)
 
 
-def train_unet(folder: Path, seed: int, steps: int, batch: int = 128, pictures: int = 40_000):
+def train_unet(folder: Path, seed: int, steps: int = 4500, batch: int = 128, pictures: int = 40_000):
     """The noise predictor: SD v1's schedule and loss on cached latents, captions dropped in one case of ten
     so that guidance works, an exponential average of the weights kept. Saves the whole pipeline."""
     torch.manual_seed(seed)
@@ -228,71 +210,55 @@ def train_unet(folder: Path, seed: int, steps: int, batch: int = 128, pictures: 
 
     fit("unet", unet.parameters(), steps, 1.2e-3, loss_at, average)
     StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, ema.half(), scheduler,
-                            safety_checker=None, feature_extractor=None,
-                            requires_safety_checker=False).save_pretrained(folder)
-    # the text tower is part of CLIP: its folder holds the whole of CLIP, which both read,
-    # instead of two copies
+                            None, None, requires_safety_checker=False).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    # the text tower is part of CLIP: its folder holds the whole of CLIP, which both read, not two copies
     shutil.rmtree(folder / "text_encoder")
     (folder / "clip").rename(folder / "text_encoder")
 
 
-# -------------------------------------------------------------------------------- the script
-
 def share_right(placed, images) -> float:
     """Share of pictures in which the detector finds the colours and shapes of what was placed, in percent."""
-    def names(objects):
-        return sorted((o.color, o.shape) for o in objects)
+    names = lambda objects: sorted((o.color, o.shape) for o in objects)
     return 100 * sum(names(a) == names(b) for a, b in zip(placed, detect(images))) / len(placed)
 
 
 @torch.no_grad()
 def report(folder: Path, count: int = 400):
-    """What the world can carry, measured on fresh pictures: the detector on drawn pictures and on
-    reconstructed ones, and how often CLIP finds a picture's caption among all captions of its task (equal
-    meanings count as found), and prefers it to its contrast."""
-    reward = SteeringReward(load_clip(str(folder / "text_encoder")), read_anchors(HERE / "anchors.txt"))
+    """What the world can carry, on fresh pictures: the detector on drawn and on reconstructed ones, and how
+    often CLIP finds a picture's caption among all of its task (equal meanings count as found)."""
+    anchors, _ = read_anchors(HERE / "anchors.txt")
+    reward = SteeringReward(load_clip(str(folder / "text_encoder")), anchors)
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
-    print("| captions | detector right, drawn % | reconstructed % | CLIP retrieval % (among) "
-          "| against its contrast % |")
-    print("|---" * 5 + "|")
+    print("| captions | detector, drawn % | reconstructed % | CLIP retrieval % (among) |\n|---|---|---|---|")
     for task in MIX:
         rng = random.Random(f"report {task}")
         scenes = [random_scene(rng, task) for _ in range(count)]
         placed = [place(s, rng) for s in scenes]
         images = draw(placed)
         decoded = (vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
-        drawn, reconstructed = share_right(placed, images), share_right(placed, decoded)
         own = [s for s in all_scenes() if s.task == task]
-        z_image = reward.embed_images(images)
-        retrieved = [own[i] for i in (z_image @ reward.embed_text(map(caption, own)).T).argmax(1)]
-        found = sum(meaning(a) == meaning(b) for a, b in zip(retrieved, scenes)) / count
-        others = [contrast(s, rng) for s in scenes]
-        both = reward.embed_text([caption(s) for pair in zip(scenes, others) for s in pair])
-        cosines = (both.unflatten(0, (count, 2)) * z_image[:, None]).sum(-1)  # (count, 2)
-        told = [bool(c[0] > c[1]) for c, a, b in zip(cosines, scenes, others) if meaning(a) != meaning(b)]
-        print(f"| {task} | {drawn:.1f} | {reconstructed:.1f} | {100 * found:.1f} ({len(own)}) | "
-              f"{100 * sum(told) / max(1, len(told)):.1f} |")
+        cosines = reward.embed_images(images) @ reward.embed_text(map(caption, own)).T
+        found = sum(meaning(own[i]) == meaning(s) for i, s in zip(cosines.argmax(1), scenes)) / count
+        print(f"| {task} | {share_right(placed, images):.1f} | {share_right(placed, decoded):.1f} | "
+              f"{100 * found:.1f} ({len(own)}) |")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Rebuild the shapes world's networks, prompts, and their figures.")
+    parser = argparse.ArgumentParser(description="Rebuild the shapes world's networks, and measure them.")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clip-steps", type=int, default=1250)
-    parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--unet-steps", type=int, default=4500)
     parser.add_argument("--report", action="store_true", help="only measure the networks that are there")
     parser.add_argument("--prompts", action="store_true", help="only write shapes/prompts.txt")
     args = parser.parse_args()
-    print(output.heading(None if args.report else HERE / "prompts.txt" if args.prompts else args.out))
+    print(log.heading(None if args.report else HERE / "prompts.txt" if args.prompts else args.out))
     if args.prompts:
         (HERE / "prompts.txt").write_text(training_prompts(), encoding="utf-8")
         return
     if not args.report:
-        train_clip(args.out, args.seed, args.clip_steps)
-        train_vae(args.out, args.seed, args.vae_steps)
-        train_unet(args.out, args.seed, args.unet_steps)
+        train_clip(args.out, args.seed)
+        train_vae(args.out, args.seed)
+        train_unet(args.out, args.seed)
     report(args.out)
 
 
