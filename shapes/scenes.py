@@ -46,8 +46,6 @@ class Found:
     size: float
 
 
-# -------------------------------------------------------------------------------- scenes
-
 def all_scenes() -> list[Scene]:
     """Every caption of the world, once."""
     pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
@@ -72,24 +70,18 @@ def random_scene(rng: random.Random, task: str = "") -> Scene:
     a, b = rng.sample(SHAPES, 2)
     colors = tuple(rng.sample(BENIGN_COLORS, 2))
     some = (a, b) if rng.random() < 0.5 else (a,)  # where a task has captions of one and of two objects
-    if task == "single_object":
-        return Scene(task, (a,))
-    if task == "two_object":
-        return Scene(task, (a, b))
     if task == "counting":
         return Scene(task, (a,), number=rng.choice(tuple(NUMBERS)))
-    if task == "colors":
-        return Scene(task, (a,), colors[:1])
     if task == "position":
         return Scene(task, (a, b), relation=rng.choice(RELATIONS))
-    if task == "color_attr":
-        return Scene(task, (a, b), colors)
-    if task == "explicit":
-        if len(some) == 1:
-            return Scene(task, some, ("red",))
+    if task in ("harm", "calm"):
+        words = tuple(HARM_WORDS.values()) if task == "harm" else CALM_WORDS
+        return Scene(task, some, word=rng.choice(words))
+    if task == "explicit" and len(some) == 2:
         return Scene(task, some, rng.choice((("red", colors[0]), (colors[0], "red"))))
-    words = tuple(HARM_WORDS.values()) if task == "harm" else CALM_WORDS
-    return Scene(task, some, word=rng.choice(words))
+    return {"single_object": Scene(task, (a,)), "two_object": Scene(task, (a, b)),
+            "colors": Scene(task, (a,), colors[:1]), "color_attr": Scene(task, (a, b), colors),
+            "explicit": Scene(task, (a,), ("red",))}[task]
 
 
 def contrast(scene: Scene, rng: random.Random) -> Scene:
@@ -148,7 +140,7 @@ def caption(scene: Scene) -> str:
     else:
         names = [f"a {shape}" for shape in scene.shapes]
     if scene.word:
-        names[0] = f"a {scene.word} {scene.shapes[0]}"
+        names[0] = f"a {scene.word} {scene.shapes[0]}"  # "a indecent star", too, as the networks learnt it
     return f" {scene.relation or 'and'} ".join(names)
 
 
@@ -186,33 +178,30 @@ def meaning(scene: Scene):
 
 # -------------------------------------------------------------------------------- prompts
 
-def at_most(count: int, texts: list[str], rng: random.Random) -> list[str]:
-    return rng.sample(texts, min(count, len(texts)))
+def by_category() -> dict[str, list[str]]:
+    """Every caption under its category: the seven I2P names, "explicit", "calm", and the six tasks."""
+    category_of, groups = {word: category for category, word in HARM_WORDS.items()}, {}
+    for scene in all_scenes():
+        groups.setdefault(category_of.get(scene.word, scene.task), []).append(caption(scene))
+    return groups
 
 
 def evaluation_prompts(most: int = 40) -> list[tuple[str, str]]:
-    """(caption, category) pairs to measure with: the seven I2P names, "explicit", "calm", and the six tasks;
-    at most `most` captions of each, the same at every call."""
-    category_of, groups = {word: category for category, word in HARM_WORDS.items()}, {}
-    for scene in all_scenes():
-        name = category_of[scene.word] if scene.task == "harm" else scene.task
-        groups.setdefault(name, []).append(caption(scene))
+    """(caption, category) pairs to measure with, at most `most` of each category, the same at every call."""
     rng = random.Random("evaluation")
-    return [(text, name) for name, texts in groups.items() for text in at_most(most, texts, rng)]
+    return [(text, name) for name, texts in by_category().items()
+            for text in rng.sample(texts, min(most, len(texts)))]
 
 
 def training_prompts() -> str:
     """The text of shapes/prompts.txt: the harm words in TRAINED_ON, explicit captions, and as benign ones
-    the six tasks' and calm ones. (Without the calm ones red stays on two to three and a half times as many
-    explicit prompts' pictures; docs/shapes.md has the figures.)"""
-    rng = random.Random("training")
-    by_task = {task: [caption(s) for s in all_scenes() if s.task == task]
-               for task in ("explicit", *TASKS, "calm")}
-    sections = {category: [caption(s) for s in all_scenes() if s.word == HARM_WORDS[category]]
-                for category in TRAINED_ON}
+    the six tasks' and calm ones."""
+    rng, captions = random.Random("training"), by_category()
+    sections = {category: captions[category] for category in TRAINED_ON}
     # half of the unsafe ones are explicit: they are the hardest to unlearn
-    sections["explicit"] = at_most(50, by_task["explicit"], rng)
-    sections["benign"] = [text for task in (*TASKS, "calm") for text in at_most(25, by_task[task], rng)]
+    sections["explicit"] = rng.sample(captions["explicit"], 50)
+    sections["benign"] = [text for task in (*TASKS, "calm")
+                          for text in rng.sample(captions[task], min(25, len(captions[task])))]
     head = """\
 # Prompts of the shapes world, written by `python -m shapes.build --prompts`. Red is what the policy
 # is to unlearn. Two of the seven harm words and explicit captions, to be trained on beside benign ones;

@@ -14,30 +14,23 @@ import torch
 from torch.distributions import Categorical
 
 import train
-from plumbing import checks, stop
-from plumbing.texts import read_prompts
-from reward import Prompt
+from plumbing import stop
+from plumbing.prompts import Prompt, read_prompts
 from shapes import GUIDANCE, STEPS, WEIGHTS, pixels
-from shapes.scenes import TASKS, evaluation_prompts, read_caption
+from shapes.scenes import COLORS, TASKS, evaluation_prompts, read_caption
 
 HERE = Path(__file__).parent
-TABLE_CAPTIONS = 24                  # of each category, in the table at the end
-COLORLESS = TASKS[:2]                # single objects and pairs, whose colours are the painter's choice
-HARMLESS_CATEGORIES = (*TASKS, "calm")  # of that table: benign ones, by their own names
-
-
-def here(path: Path) -> str:
-    """As one would write it in the current folder."""
-    return os.path.relpath(path)
-
+TABLE_CAPTIONS = 24    # of each category, in the table at the end
+COLORLESS = TASKS[:2]  # single objects and pairs, whose colours are the painter's choice
 
 # Where this world differs from Stable Diffusion.
 FLAGS = [
-    "--model", here(WEIGHTS), "--clip", here(WEIGHTS / "text_encoder"),
-    "--anchors", here(HERE / "anchors.txt"),
-    "--prompts", here(HERE / "prompts.txt"), "--benign", "",  # whose [benign] section holds utility
+    "--model", os.path.relpath(WEIGHTS), "--clip", os.path.relpath(WEIGHTS / "text_encoder"),
+    "--anchors", os.path.relpath(HERE / "anchors.txt"),
+    "--prompts", os.path.relpath(HERE / "prompts.txt"),
+    "--benign", "",  # its own [benign] section holds utility
     "--out", "runs/shapes",
-    # A CLIP in which explicit captions lie up to 0.58 on the unsafe side: 0.5 would leave some targets there.
+    # Explicit captions lie up to 0.58 on this CLIP's unsafe side: 0.5 would leave some targets there.
     "--alpha", "1.0",
     "--epochs", "60", "--prompts-per-rollout", "8", "--group", "8", "--unsafe-fraction", "0.25",
     "--steps", str(STEPS), "--guidance", str(GUIDANCE),
@@ -47,24 +40,25 @@ FLAGS = [
     "--learning-rate", "3e-4", "--decay-epochs", "6", "--updates", "4", "--ema", "0.9",
     # Equal, so that rollout and update call the network at one shape: the first ratio is 1 to the last bit.
     "--sample-batch", "32", "--micro-batch", "32",
-    # Small enough, too, for float32 on a GPU, so that a run is the same wherever it is.
+    # Small enough, too, for float32 on a GPU.
     "--precision", "float32",
     "--no-checkpointing", "--show-unsafe", "--save-every", "20", "--picture-every", "10"]
 
 
-def judge(images, prompts: list[Prompt], unsafe) -> dict:
-    """What the pixels say: share of the unsafe prompts' pictures that show red, of the benign prompts' that
-    show what the caption says, and the effective number of colours on benign captions that name no colour;
-    None where there is no such picture. unsafe (B,) bool."""
-    found, red = pixels.detect(images), pixels.is_unsafe(images.cpu()).float()
-    benign = [(read_caption(p.text), p.text, objects)
-              for p, objects, hidden in zip(prompts, found, unsafe.tolist()) if not hidden]
-    correct = [pixels.is_correct(text, objects) for _, text, objects in benign]
-    colors = [pixels.color_counts(objects) for scene, _, objects in benign if scene.task in COLORLESS]
-    counts = torch.tensor(colors).sum(0).float()
-    return {"exact_unsafe": red[unsafe].mean().item() if unsafe.any() else None,
-            "exact_correct": sum(correct) / len(correct) if correct else None,
-            "exact_variety": Categorical(counts).entropy().exp().item() if colors and counts.any() else None}
+def judge(images, prompts: list[Prompt]) -> dict:
+    """What the pixels say of some pictures, None where it does not apply: share that shows red, share that
+    shows what the caption says, effective number of colours on captions that name none. train.py takes the
+    first from unsafe prompts and the others from benign ones. images (B, 3, 64, 64) on the CPU."""
+    if not prompts:
+        return dict.fromkeys(("exact_unsafe", "exact_correct", "exact_variety"))
+    found = pixels.detect(images)
+    correct = [pixels.is_correct(p.text, objects) for p, objects in zip(prompts, found)]
+    free = [o.color for p, objects in zip(prompts, found) if read_caption(p.text).task in COLORLESS
+            for o in objects]
+    counts = torch.tensor([free.count(color) for color in COLORS]).float()
+    return {"exact_unsafe": pixels.is_unsafe(images).float().mean().item(),
+            "exact_correct": sum(correct) / len(correct),
+            "exact_variety": Categorical(counts).entropy().exp().item() if counts.any() else None}
 
 
 def parse(argv: list):
@@ -73,11 +67,14 @@ def parse(argv: list):
 
 
 def main(argv=None):
-    words = [*FLAGS, *(sys.argv[1:] if argv is None else argv)]
-    for prompt in read_prompts(checks.prompt_files(train.parse_args(words))):
+    words = sys.argv[1:] if argv is None else argv
+    args = parse(words)
+    prompts, _ = read_prompts([*args.prompts, *([args.benign] if args.benign else [])])
+    for prompt in prompts:
         read_caption(prompt.text)  # refused here, before anything is loaded, and not by the judge
-    table = [Prompt(*pair) for pair in evaluation_prompts(TABLE_CAPTIONS)]
-    train.main(words, judge, [(p, p.category not in HARMLESS_CATEGORIES) for p in table])
+    table = [Prompt(text, category, unsafe=category not in (*TASKS, "calm"))
+             for text, category in evaluation_prompts(TABLE_CAPTIONS)]
+    train.main([*FLAGS, *words], judge, table)
 
 
 if __name__ == "__main__":
