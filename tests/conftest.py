@@ -10,7 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch, which pytest's own process 
 
 def pytest_collection_modifyitems(items):
     """The longest files first: a worker takes whole files, and so both end at about the same time."""
-    items.sort(key=lambda item: item.path.name not in ("test_runs.py", "test_parallel.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_runs.py", "test_processes.py"))
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +23,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def quick(models, monkeypatch):
-    """train.main in this process, on the flags of started.tiny, without the pictures and the table at its
-    end."""
-    from started import nothing_drawn, tiny, train
+    """train.main in this process, on the flags of started.tiny, without what is drawn."""
+    from started import quick_main, tiny
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    with nothing_drawn():
-        yield lambda *argv: train.main(tiny(models, *argv))
+    return lambda *argv: quick_main(tiny(models, *argv))

@@ -1,5 +1,4 @@
-"""Random networks, tiny and made in memory, and what train.update needs around them: the ground that the
-method's tests stand on."""
+"""Random networks, tiny and made in memory, and what train.update needs around them."""
 
 import string
 from types import SimpleNamespace
@@ -11,12 +10,13 @@ from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextCon
 
 import sample
 import train
-from reward import Prompt
 
 torch.set_num_threads(1)  # so that a test alone rounds as it does in the whole suite
 TOWER = dict(intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5)
 TEXT = dict(TOWER, hidden_size=12, vocab_size=54, max_position_embeddings=12, bos_token_id=52,
             eos_token_id=53, pad_token_id=53)
+ADVANTAGES = torch.linspace(-1.5, 2, 6)  # of rollout_for's pictures
+UNSAFE = torch.arange(6) % 2 == 0
 
 
 def scheduler(prediction_type="epsilon", spacing="leading"):
@@ -26,7 +26,6 @@ def scheduler(prediction_type="epsilon", spacing="leading"):
 
 
 def tiny_unet(seed=0, width=12):
-    """width: of the text that it reads."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=width,
@@ -49,14 +48,18 @@ def tiny_clip():
     return model, tokenizer(), CLIPImageProcessor(size={"shortest_edge": 14}, crop_size=12)
 
 
-def tiny_pipe():
-    """A random StableDiffusionPipeline with pictures of 16 x 16."""
-    unet = tiny_unet()
-    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-                        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16)
-    text = CLIPTextModel(CLIPTextConfig(**TEXT))
-    return StableDiffusionPipeline(vae.eval(), text.eval(), tokenizer(), unet, scheduler(), None, None,
+def pipe_of(unet, text: dict, tokenizer, widths=(8, 8), kind="epsilon"):
+    """A StableDiffusionPipeline; each width of the VAE after the first doubles the picture's side of 8."""
+    n = len(widths)
+    encoder = CLIPTextModel(CLIPTextConfig(**text))
+    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
+                        block_out_channels=widths, norm_num_groups=4, sample_size=4 * 2**n)
+    return StableDiffusionPipeline(vae.eval(), encoder.eval(), tokenizer, unet, scheduler(kind), None, None,
                                    requires_safety_checker=False)
+
+
+def tiny_pipe():
+    return pipe_of(tiny_unet(), TEXT, tokenizer())
 
 
 def save_models(root):
@@ -64,24 +67,17 @@ def save_models(root):
     read the shapes world's captions and draw pictures of its size."""
     from shapes.build import make_tokenizer
     tokenizer = make_tokenizer()
-    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=2, max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id)
     for seed, (name, kind) in enumerate((("a", "epsilon"), ("b", "v_prediction"))):
         unet = tiny_unet(seed, width=32)
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
-                                            num_hidden_layers=2, num_attention_heads=2,
-                                            max_position_embeddings=16, **ends))
         for key, value in unet.named_parameters():  # random weights hardly listen to the text: make them
             value.data *= 20 if "attn2.to_v" in key else 1
-        vae = AutoencoderKL(block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-                            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=4,
-                            norm_num_groups=4, sample_size=64)
-        made = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler(kind), None, None,
-                                       requires_safety_checker=False)
-        made.save_pretrained(root / name)
-    tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=16, **ends)
+        pipe_of(unet, text, tokenizer, (4,) * 4, kind).save_pretrained(root / name)
     vision = dict(tower, image_size=32, patch_size=16)
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=768))
+    clip = CLIPModel(CLIPConfig(text_config=text | tower, vision_config=vision, projection_dim=768))
     clip.save_pretrained(root / "clip")
     tokenizer.save_pretrained(root / "clip")
     return root
@@ -89,38 +85,44 @@ def save_models(root):
 
 def args_for(**changes):
     """The flags that the epoch's functions read, small."""
-    flags = dict(steps=6, skip_last=2, timestep_fraction=1.0, updates=1, micro_batch=8, sample_batch=4,
-                 group=3, guidance=3.0, clip_range=1e-3, kl=0.1, kl_benign=0.4,
-                 max_grad_norm=1e9, seed=0)
-    return SimpleNamespace(**flags | changes)
+    return SimpleNamespace(**dict(
+        steps=6, skip_last=2, timestep_fraction=1.0, updates=1, micro_batch=8, sample_batch=4, group=3,
+        guidance=3.0, clip_range=1e-3, kl=0.1, kl_benign=0.4, max_grad_norm=1e9, learning_rate=0.0, seed=0,
+        decay_epochs=0, shared_noise=False, divisor="batch", prompts_per_rollout=2, unsafe_fraction=0.5
+    ) | changes)
 
 
-def parts_for(unet, base, lr=0.0, dtype=torch.float32, pipe=None):
+def parts_for(unet, base, lr=0.0, pipe=None, **more):
     """train.Parts around a tiny UNet, with plain gradient descent; at lr = 0 no weight moves."""
-    return train.Parts(
-        device=torch.device("cpu"), dtype=dtype, schedule=sample.ddim_schedule(scheduler(), 6, 1.0),
+    return train.Parts(**dict(
+        device=torch.device("cpu"), dtype=torch.float32, schedule=sample.ddim_schedule(scheduler(), 6, 1.0),
         pipe=pipe or SimpleNamespace(scheduler=scheduler()), policy=unet, base=base, latent_shape=(4, 8, 8),
-        optimizer=torch.optim.SGD(unet.parameters(), lr=lr), reward=None, is_unsafe={}, unsafe=[], benign=[])
+        optimizer=torch.optim.SGD(unet.parameters(), lr=lr), reward=None, average=None, prompts=[]) | more)
 
 
-def rollout_for(unet, images=6, **more):
-    """A rollout on random text, with advantages of both signs, as train.update takes it."""
+def rollout_for(unet, **more):
+    """A rollout of six pictures on random text."""
     generator = torch.Generator().manual_seed(3)
-    text, null = torch.randn(images, 5, 12, generator=generator), torch.randn(1, 5, 12, generator=generator)
-    streams = [sample.image_generator(0, i) for i in range(images)]
-    schedule = sample.ddim_schedule(scheduler(), 6, 1.0)
-    batch = sample.rollout(unet, schedule, text, null, 3.0, streams, (4, 8, 8),
-                           **dict(batch_size=images) | more)
-    batch.prompts, batch.advantages = [Prompt("p")] * images, torch.linspace(-1.5, 2, images)
-    batch.unsafe = torch.arange(images) % 2 == 0
-    return batch
+    text, null = torch.randn(6, 5, 12, generator=generator), torch.randn(1, 5, 12, generator=generator)
+    return sample.rollout(
+        unet, sample.ddim_schedule(scheduler(), 6, 1.0), text, null, 3.0,
+        [sample.image_generator(0, i) for i in range(6)], (4, 8, 8),
+        **dict(names=[f"picture {i}" for i in range(6)], batch_size=6) | more)
 
 
 def gradient(unet):
     return torch.cat([p.grad.flatten() for p in unet.parameters()])
 
 
-def updated(unet, base, batch, dtype=torch.float32, **flags):
+def updated(unet, base, batch, dtype=torch.float32, advantages=ADVANTAGES, **flags):
     """Statistics and gradient of train.update at a learning rate of zero."""
-    stats = train.update(parts_for(unet, base, dtype=dtype), batch, args_for(**flags), 0)
+    stats = train.update(parts_for(unet, base, dtype=dtype), batch, advantages, UNSAFE, args_for(**flags), 0)
     return stats, gradient(unet)
+
+
+def figures(epoch=0, **more):
+    """A line of metrics.jsonl that warns of nothing."""
+    zeros = "image_safety_unsafe clip_frac_pos clip_frac_neg kl_ref ratio_dev_first zero_std_groups"
+    return dict.fromkeys(zeros.split(), 0.0) | dict(
+        epoch=epoch, reward_mean=0.1, reward_unsafe=None, reward_benign=None, alignment=0.2,
+        seconds_sample=1.0, seconds_reward=1.0, seconds_update=1.0) | more

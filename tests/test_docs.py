@@ -1,0 +1,122 @@
+"""README and docs: every file, link, flag, command, table, and the numbers that the repository computes."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+
+import evaluate
+import sample
+import shapes.train
+import train
+from bench import sd14, speed
+from evaluation.report import PUBLISHED
+from plumbing import log
+from plumbing.prompts import read_anchors, read_prompts
+from shapes import study
+from shapes.scenes import all_scenes
+from tiny import scheduler
+from views import direction, grid
+
+ROOT = Path(__file__).parent.parent
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+LINES = {"README.md": 150, "docs/running.md": 120, "docs/speed.md": 110}  # others: 250
+ENTRIES = json.loads((ROOT / "docs" / "study.json").read_text(encoding="utf-8"))
+PARSERS = {"train.py": train.parse_args, "evaluate.py": evaluate.parse, "sample.py": grid.parse_args,
+           "reward.py": direction.parse_args, "shapes.train": shapes.train.parse}
+OTHERS = re.compile("my_|blue_|judge_|captions|state|flags|report|bench/(growth|roun)")
+
+
+def says(file: str, *sentences: str):
+    assert not [sentence for sentence in sentences if sentence not in " ".join(TEXTS[file].split())]
+
+
+def of(variant: str, work: int, name: str, cell=None) -> list:
+    return [e["figures"][name][0] for e in ENTRIES
+            if (e["variant"], e["work"], e["cell"]) == (variant, work, cell)]
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_links_files_and_functions(file):
+    text, above = TEXTS[file], (ROOT / file).parent
+    links = re.findall(r"\]\((?!http)([^)]+)\)", text)
+    named = [name for name in re.findall(r"\w[\w/.-]*\.(?:py|txt|json)\b", text) if not OTHERS.match(name)]
+    assert not [at for at in links if not (above / at).exists()]
+    assert not [name for name in named if not (ROOT / name).exists() and not (above / name).exists()]
+    for module, name in re.findall(r"`(sample|reward|grpo|train)\.(?!py)(\w+)", text):
+        assert hasattr(__import__(module), name)
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_commands_are_understood_and_flags_exist(file, capsys):
+    """In fences and in backticks."""
+    known = set(re.findall("--[a-z-]+", (ROOT / "shapes" / "build.py").read_text())) | {"--nproc_per_node"}
+    for parse in (*PARSERS.values(), study.main, speed.main):
+        with pytest.raises(SystemExit):
+            parse(["--help-all" if parse in (train.parse_args, shapes.train.parse) else "--help"])
+        known |= set(re.findall("--[a-z][a-z-]+", capsys.readouterr().out))
+    assert not set(re.findall("(?<![-#])--[a-z][a-z_-]+", TEXTS[file])) - known
+    prose, fences = TEXTS[file].split("```")[::2], "\n".join(TEXTS[file].split("```")[1::2])
+    for line in re.findall("`([^`]+)`", "".join(prose)) + fences.replace("\\\n", " ").splitlines():
+        found = re.match(r"(?:python |torchrun \S+ )(?:-m )?(\S+) ([^#]*)", line)
+        if found and found[1] in PARSERS and "..." not in line:
+            PARSERS[found[1]](shlex.split(found[2]))
+
+
+def test_sizes_and_tables():
+    assert not [file for file in TEXTS if TEXTS[file].count("\n") > LINES.get(file, 250)]
+    assert len(TEXTS["README.md"].split()) <= 1600 and "not reproduced" in TEXTS["README.md"][:1200]
+    pattern = re.compile(r"<!-- study: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
+    assert dict(pair for text in TEXTS.values() for pair in pattern.findall(text)) == study.tables(ENTRIES)
+    for table, style in ((PUBLISHED["i2p"]["Inappropriate pictures, %"], ".2f"),
+                         (PUBLISHED["i2p"]["Exposed parts"], "d"),
+                         (PUBLISHED["geneval"]["GenEval accuracy, %"], ".2f")):
+        for *columns, last in (values for model, values in table.items() if "SafeDiffusion" in model):
+            row = ", ".join(format(value, style) for value in columns)
+            says("docs/reproduction.md", f"| {row} |", f"| {last:{style}} |")
+
+
+def test_numbers_of_prompts_and_flags():
+    args, world = train.parse_args([]), shapes.train.parse([])
+    unsafe, benign = (len(read_prompts([path])[0]) for path in (args.prompts[0], args.benign))
+    safe, bad = map(len, read_anchors(args.anchors)[0])
+    shown = [len(scene.shapes) for scene in all_scenes() if scene.task == "explicit"]
+    P, G, U, N = args.prompts_per_rollout, args.group, args.updates, args.epochs
+    says("README.md", f"{unsafe} unsafe and {benign} benign", f"{safe} safe and {bad} unsafe",
+         f"{shown.count(1)} of their {len(shown)} captions", f"{P} prompts of {G} pictures and {U} updates",
+         f"{N * P * G:,} pictures and {N * U} updates in {N} rollouts", f"{world.ema} in the shapes world")
+    says("docs/shapes.md", f"{shown.count(2)} have two objects, and {shown.count(1)} have one",
+         f"own**, {world.kl_benign} beside {world.kl} on unsafe ones")
+    says("docs/running.md", f"over {100 * log.CLIP_BOUND:.0f} % of", f"over {log.KL_BOUND} per")
+
+
+def test_numbers_of_the_study():
+    after = lambda name, *at: [fmean(of("default", 60, name, cell)) for cell in study.CELLS if cell[1] in at]
+    harm, explicit = after("trained", 2.75, 7.5) + after("held out", 2.75, 7.5), after("explicit", 7.5)
+    counting = f"{of('base', 0, 'counting')[0]:.1f} to {fmean(of('default', 60, 'counting')):.1f} %"
+    says("README.md", counting, f"{max(harm):.1f} % at most", f"{min(explicit):.0f} to {max(explicit):.0f} %")
+
+
+def test_numbers_of_schedules_and_sizes():
+    """What a transition weighs, what bf16 does to a stored latent, and GB."""
+    at = sample.ddim_schedule(scheduler(), 50, 1.0)
+    c = (1 - at.alpha_prev - at.sigma**2).sqrt() - (at.alpha_prev * (1 - at.alpha_t) / at.alpha_t).sqrt()
+    *most, last, _ = (c**2 / (2 * at.sigma**2)).tolist()
+    says("README.md", f"by {last:.1f}, any before it by {min(most):.2f} to {max(most):.2f}")
+    said = re.findall(r"−([\d.]+)e-4 at", " ".join(TEXTS["docs/speed.md"].split()))
+    for s, shift in zip(at.sigma[[-5, -3, -2, -1]], said, strict=True):
+        start, noise = torch.randn(2, 256, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+        mu = (1 - s**2).sqrt() * start  # so that x has unit variance
+        x = mu + s * noise
+        shifted = (sample.log_prob(x.bfloat16(), mu, s) - sample.log_prob(x, mu, s)).mean().item()
+        assert 1e4 * shifted == pytest.approx(-float(shift), abs=0.3, rel=0.05)
+    pipe, (tower, *_) = sd14.sd14_pipeline("meta"), sd14.vit_h14("meta", torch.float16)
+    unet, vae, text, clip = (4e-9 * sum(p.numel() for p in network.parameters())
+                             for network in (pipe.unet, pipe.vae, pipe.text_encoder, tower))
+    says("README.md", f"fetches {unet + vae + text + clip:.0f} GB")
+    assert 30 < 9 * unet + 4 * (vae + text) < 35  # two checkpoints, a third that is being written, and base/
