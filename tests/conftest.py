@@ -8,9 +8,13 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch, which pytest's own process need not import
 
 
+LONGEST = ("runs", "processes", "views", "evaluate", "suites", "lecture", "bench", "models")
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first: a worker takes whole files, and so both end at about the same time."""
-    items.sort(key=lambda item: item.path.name not in ("test_runs.py", "test_processes.py"))
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
