@@ -336,7 +336,7 @@ def one_epoch(parts: Parts, args, epoch: int, phase, judge=None) -> tuple[dict, 
 
 def main(argv=None, judge=None, table_prompts=None):
     """Train as the flags say. judge(images (B, 3, H, W) on the CPU, prompts) -> {name: float or None} over
-    the pictures given is logged and shown. table_prompts: Prompts of the table at the end, not the run's own.
+    the pictures given, of which there may be none, is logged and shown. table_prompts: the table's at the end.
     After a signal the run ends with a checkpoint and the command that continues it."""
     parallel.join()  # under torchrun; otherwise nothing, as all of parallel's
     args = parse_args(argv)

@@ -132,3 +132,10 @@ def test_the_cards_licence_is_stated_where_it_is_known(words, licence):
     assert text.startswith(f"---\nlicense: {licence}\nbase_model: ")
     assert "\n\n| a |\n|---|\n| 1 |\n\n" in text and "\n--seed 0\n" in text
     assert str(ROOT) not in text and "--out" not in text and "--resume" not in text
+
+
+def test_prompts_are_shared_evenly_or_not_at_all(monkeypatch, capsys):
+    monkeypatch.setattr("plumbing.parallel.world", lambda: 3)
+    with pytest.raises(SystemExit):
+        train.parse_args(["--prompts-per-rollout", "8"])
+    assert "--prompts-per-rollout: no multiple of the 3 processes" in capsys.readouterr().err

@@ -153,7 +153,9 @@ def test_a_damaged_checkpoint_is_refused_and_never_run(name, content, begun, qui
 REFUSED = [
     ("--learning-rate 1e-3", "flags.learning_rate: was 0.0003, is 0.001"), ("--seed 1", "flags.seed"),
     ("--lora-rank 2", "flags.lora_rank"), ({"flags": {"gone": 1}}, "flags.gone: was 1"),
-    ("--prompts prompts/i2p.txt", "files.prompts"), ("--model {}/b", "weights.model")]
+    ("--prompts prompts/i2p.txt", "files.prompts"), ("--model {}/b", "weights.model"),
+    ("--anchors prompts/anchors.txt", "files.anchors"), ("--benign prompts/benign.txt", "files.benign"),
+    ("--group 3", "flags.group"), ("--steer all", "flags.steer"), ("--kl 0", "flags.kl")]
 NOTED = [
     ("--micro-batch 4", "flags.micro_batch: was 2, is 4"), ({"flags": {"device": "cuda"}}, "flags.device"),
     ({"versions": {"torch": "2.0"}}, "versions.torch"), ({"processes": 8}, "processes: was 8, is 1")]
@@ -209,7 +211,8 @@ def world(first_world, tmp_path):
 @pytest.mark.parametrize("where, name", [
     ("files.prompts", "prompts.txt"), ("files.benign", "benign.txt"), ("files.anchors", "anchors.txt"),
     *(("weights.model", f"model/{name}") for name in (
-        UNET, "scheduler/scheduler_config.json", "tokenizer/tokenizer.json")),
+        UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json", "tokenizer/tokenizer.json")),
     ("weights.clip", "clip/model.safetensors"), ("weights.clip", "clip/config.json"),
     ("", "moved"), ("", "linked"), ("", "as in the hub's cache")])
 def test_what_was_read_is_compared_by_content(where, name, world, monkeypatch):
@@ -408,6 +411,12 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_note(begun, quick, monkey
         assert capsys.readouterr().out.count("could not be removed") == 1
     assert run.checkpoints(begun)[-1].name == "checkpoint-000003" and len(figures(begun)) == 3
     assert len([*begun.glob(f"{FIRST}*")]) == 1
+
+
+def test_an_old_run_that_cannot_be_removed_is_not_taken_for_the_new_one(begun, quick, monkeypatch):
+    monkeypatch.setattr(Path, "replace", Mock(side_effect=OSError(errno.EBUSY, "busy")))
+    with pytest.raises(OSError, match="of the old run could not be removed; give another --out"):
+        quick("--out", begun, "--overwrite")
 
 
 @pytest.mark.parametrize("what, error", [
