@@ -93,6 +93,25 @@ def test_log_probability_and_kl_equal_torch_distributions():
     torch.testing.assert_close(grpo.gaussian_kl(mu, mu_ref, sigma), kl_divergence(one, other) / 256)
 
 
+def test_the_ratio_leans_below_one_by_the_kl():
+    """log rho = −[2s(mu_old−mu)·z + (mu_old−mu)²]/(2s²), a mean over D: its mean is −KL whatever D, its
+    deviation √(2·KL/D). So the clip silences pictures of negative advantage first, and the more so the
+    larger D."""
+    kl, generator = 2e-3, torch.Generator().manual_seed(0)
+    for shape in ((4, 8, 8), (4, 64, 64)):
+        D, s = math.prod(shape), torch.tensor(0.3)
+        z = torch.randn(400, *shape, generator=generator)
+        mu_old, mu = torch.zeros(1, *shape), torch.full((1, *shape), 0.3 * math.sqrt(2 * kl))
+        x = mu_old + s * z
+        log_rho = sample.log_prob(x, mu, s) - sample.log_prob(x, mu_old, s)
+        deviation = math.sqrt(2 * kl / D)
+        assert abs(grpo.gaussian_kl(mu, mu_old, s).item() / kl - 1) < 1e-5
+        assert abs(log_rho.mean() + kl) < 4 * deviation / 20 and abs(log_rho.std() / deviation - 1) < 0.15
+        old = torch.zeros_like(log_rho)
+        up, down = (grpo.policy_loss(log_rho, old, sign * torch.ones(400), 1e-3)[1] for sign in (1, -1))
+        assert up["clipped_positive"] < 0.3 * 400 < 0.5 * 400 < down["clipped_negative"]
+
+
 # -------------------------------------------------------------------------------- the reward
 
 @pytest.mark.parametrize("unit", [True, False])

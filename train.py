@@ -32,7 +32,7 @@ from reward import SteeringReward, spread
 from sample import (Rollout, autocast, ddim_mean, ddim_schedule, draw, image_generator, latent_shape,
                     log_prob, predict_noise)
 from views.direction import carried
-from views.grid import show_run
+from views.grid import EARLY, show_curves, show_grid
 from views.table import judge_sides, show_table
 
 
@@ -73,6 +73,7 @@ def make_parser(argv) -> Parser:
     add("--timestep-fraction", type=real("(0, 1]"), default=1.0, help="random share of each trajectory")
     add("--skip-last", type=whole(0), default=2, help="last transitions left out (README: why two)")
     add("--divisor", choices=("batch", "group"), default="batch", help="whose spread divides (code: group)")
+    add("--layers", choices=("all", "cross-attention"), default="all", help="what learns (code: all)")
     add("--learning-rate", "--lr", type=real("(0, inf]"), default=1e-5, help="code: 1e-5")
     add("--decay-epochs", type=whole(0), default=0, metavar="N", help="rate / (1 + epoch / N); 0: constant")
     add("--weight-decay", type=real("[0, inf]"), default=1e-4, help="code: 1e-4")
@@ -336,8 +337,8 @@ def one_epoch(parts: Parts, args, epoch: int, phase, judge=None) -> tuple[dict, 
 
 def main(argv=None, judge=None, table_prompts=None):
     """Train as the flags say. judge(images (B, 3, H, W) on the CPU, prompts) -> {name: float or None} over
-    the pictures given, of which there may be none, is logged and shown. table_prompts: the table's at the end.
-    After a signal the run ends with a checkpoint and the command that continues it."""
+    the pictures given, of which there may be none, is logged and shown. table_prompts: those of the grids and
+    of the table at the end. After a signal the run ends with a checkpoint and the command that continues it."""
     parallel.join()  # under torchrun; otherwise nothing, as all of parallel's
     args = parse_args(argv)
     print(log.heading(args.out))
@@ -351,13 +352,13 @@ def main(argv=None, judge=None, table_prompts=None):
         this = run.make_run(folder, args, dict(prompts=hashes, benign=more_hashes, anchors=[anchors_hash]))
         parts = set_up(args, prompts + more, anchors, schedule)
         log.print_plan(args, parts, per_picture(args), carried(parts.reward, parts.prompts))
-        loop(this, parts, args, judge)
+        loop(this, parts, args, judge, table_prompts)
         if not parallel.rank():
             show_table(this.folder, parts, table_prompts, judge, args)
             run.save_final(this, args)
 
 
-def loop(this: run.Run, parts: Parts, args, judge):
+def loop(this: run.Run, parts: Parts, args, judge, table_prompts):
     """All epochs that are left. A signal, or a number that is not finite, ends them with a checkpoint."""
     done = run.begin(this, parts, args)
     metrics = log.Log(this.folder / "metrics.jsonl", args.clip_range, args.epochs)
@@ -367,12 +368,14 @@ def loop(this: run.Run, parts: Parts, args, judge):
                 clock = log.Clock(parts.device)
                 figures, judged = one_epoch(parts, args, epoch, clock, judge)
                 figures |= clock.figures(args.prompts_per_rollout * args.group)
-                metrics.append(figures | judged)
                 done = epoch + 1
+                looked = done == args.epochs or done % args.picture_every == 0 or done in EARLY
+                seen = show_grid(this.folder, done, parts, args, judge, table_prompts) if looked else {}
+                metrics.append(figures | judged | seen)
                 if done == args.epochs or done % args.save_every == 0:
                     run.save(this, done, parts, args)
-                if done == args.epochs or done % args.picture_every == 0:
-                    show_run(this.folder, done, parts, args, judge, judged)
+                if looked:
+                    show_curves(this.folder, args, judged)
                 stop.if_asked()
     except (stop.NotFinite, stop.Asked) as reason:
         last = run.save(this, done, parts, args, why=str(reason))

@@ -10,7 +10,7 @@ import shapes
 from evaluation.rows import Row
 from evaluation.statistics import Counts, Rates, Table, Variety
 from shapes import pixels
-from shapes.scenes import COLORS, HARM_WORDS, TASKS, TRAINED_ON, evaluation_prompts
+from shapes.scenes import COLORS, EXPLICIT, HARM_WORDS, TASKS, TRAINED_ON, evaluation_prompts
 
 SETTINGS = {"shapes": dict(sampler="ddim", steps=shapes.STEPS, eta=1.0, guidance=shapes.GUIDANCE, samples=1,
                            judges="shapes", batch=128, images=200)}
@@ -18,8 +18,8 @@ HELD_OUT = tuple(c for c in HARM_WORDS if c not in TRAINED_ON)
 
 
 def rows(args) -> tuple[list[Row], dict, list[str]]:
-    """At least --images pictures for each kind of prompt (harm trained on, held out, explicit, calm, benign),
-    spread evenly over the kind's categories and over each category's captions."""
+    """At least --images pictures for each kind of prompt (harm trained on, held out, explicit with one object
+    and with two, calm, benign), spread evenly over the kind's categories and over each category's captions."""
     if args.limit or args.prompts or args.samples > 1 or "shapes" not in args.judges:
         raise ValueError("--suite shapes has prompts and a judge of its own: use --images, and leave --limit,"
                          " --prompts, --samples and --judges away")
@@ -27,7 +27,7 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
     for text, category in evaluation_prompts():
         texts.setdefault(category, []).append(text)
     picked = [(texts[category][i % len(texts[category])], category)
-              for kind in (TRAINED_ON, HELD_OUT, ("explicit",), ("calm",), TASKS)
+              for kind in (TRAINED_ON, HELD_OUT, *((name,) for name in EXPLICIT), ("calm",), TASKS)
               for category in kind for i in range(-(-args.images // len(kind)))]
     return [Row(case, 0, text, (category,), args.seed + case, args.guidance)
             for case, (text, category) in enumerate(picked)], {}, []
@@ -59,8 +59,9 @@ def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
         return Variety({k: [sum(o[0] == c for o in found["objects"]) for c in COLORS]
                         for k, found in of(groups).items()})
 
-    kinds = {"harm, trained on": TRAINED_ON, "harm, held out": HELD_OUT, "explicit": ("explicit",),
-             "calm": ("calm",), "benign": TASKS, "calm and benign": ("calm", *TASKS)}
+    kinds = {"harm, trained on": TRAINED_ON, "harm, held out": HELD_OUT,
+             **{name: (name,) for name in EXPLICIT}, "calm": ("calm",), "benign": TASKS,
+             "calm and benign": ("calm", *TASKS)}
     harm = {f"{c} ({'trained on' if c in TRAINED_ON else 'held out'})": (c,) for c in HARM_WORDS}
     plain = {"single objects": TASKS[:1], "pairs": TASKS[1:2], "both": TASKS[:2]}  # captions without a colour
     reading = "pixel detector"

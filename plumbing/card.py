@@ -13,12 +13,13 @@ def model_card(args, start: str, table: str) -> str:
     """The card of a finished run. start: the full name of a folder, or a hub id; table: its table.md."""
     base = None if Path(start).is_absolute() else start.partition(":")[0]
     known = LICENSES.get(base)
-    what = f"adapters of rank {args.lora_rank}, merged into the UNet" if args.lora_rank else "the whole UNet"
+    what = f"adapters of rank {args.lora_rank}, merged into the UNet" if args.lora_rank else "the UNet"
+    layers = "" if args.layers == "all" else f", its {args.layers} alone"
     mean = f" (its mean over about {1 / (1 - args.ema):.0f} rollouts)" if args.ema else ""
     owed = "" if known else ", which the training does not know: write it here, and in this file's head"
     card = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     return card.format(args=args, license=known or "other", base=f"base_model: {base}\n" if base else "",
-                       what=what + mean, owed=owed, table=table.strip(), flags=flags(args))
+                       what=what + layers + mean, owed=owed, table=table.strip(), flags=flags(args))
 
 
 def flags(args) -> str:

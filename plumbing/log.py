@@ -52,6 +52,7 @@ def print_plan(args, parts, per_picture: int, carried: str):
     images = args.prompts_per_rollout * args.group
     count = sum(weight.numel() for weight in trained(parts.policy))
     lora = f" (LoRA, rank {args.lora_rank})" if args.lora_rank else ""
+    lora += "" if args.layers == "all" else f" ({args.layers} alone)"
     kinds = Counter(prompt.category or "no category" for prompt in parts.prompts)
     unsafe = sum(p.unsafe for p in parts.prompts)
     decay = f" / (1 + epoch / {args.decay_epochs})" if args.decay_epochs else ""

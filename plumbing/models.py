@@ -241,7 +241,7 @@ def to_compute_type(network, dtype):
 
 def make_policy(unet, args, device):
     """The UNet that learns, in float32, and the base for the KL: a frozen copy, or under LoRA the policy
-    itself, whose adapters are float32."""
+    itself, whose adapters are float32. --layers cross-attention: what reads the prompt learns alone."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     unet.to(device, torch.float32)
     if args.lora_rank:
@@ -249,6 +249,9 @@ def make_policy(unet, args, device):
     else:
         base = to_compute_type(copy.deepcopy(unet), dtype)
         policy = unet.requires_grad_(True)
+    for name, weight in policy.named_parameters():
+        if args.layers == "cross-attention" and ".attn2." not in name:  # diffusers' name for it
+            weight.requires_grad_(False)
     if not args.no_checkpointing:
         unet.enable_gradient_checkpointing()
     if device.type == "cuda":

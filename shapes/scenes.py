@@ -13,6 +13,7 @@ RELATIONS = tuple(OPPOSITE)
 HARM_WORDS = {"hate": "hateful", "harassment": "bullying", "violence": "violent", "self-harm": "hurting",
               "sexual": "indecent", "shocking": "shocking", "illegal activity": "criminal"}
 TRAINED_ON = ("violence", "sexual")  # the other five categories are kept to measure generalisation
+EXPLICIT = ("explicit, one object", "explicit, two objects")  # captions that name red
 CALM_WORDS = ("calm", "gentle", "peaceful", "kind", "quiet")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 MIX = {"single_object": 6, "two_object": 8, "counting": 10, "colors": 14, "position": 18, "color_attr": 20,
@@ -179,18 +180,22 @@ def meaning(scene: Scene):
 # -------------------------------------------------------------------------------- prompts
 
 def by_category() -> dict[str, list[str]]:
-    """Every caption under its category: the seven I2P names, "explicit", "calm", and the six tasks."""
+    """Every caption under its category: the seven I2P names, EXPLICIT's two, "calm", and the six tasks."""
     category_of, groups = {word: category for category, word in HARM_WORDS.items()}, {}
     for scene in all_scenes():
-        groups.setdefault(category_of.get(scene.word, scene.task), []).append(caption(scene))
+        task = EXPLICIT[len(scene.shapes) - 1] if scene.task == "explicit" else scene.task
+        groups.setdefault(category_of.get(scene.word, task), []).append(caption(scene))
     return groups
 
 
-def evaluation_prompts(most: int = 40) -> list[tuple[str, str]]:
-    """(caption, category) pairs to measure with, at most `most` of each category, the same at every call."""
-    rng = random.Random("evaluation")
-    return [(text, name) for name, texts in by_category().items()
-            for text in rng.sample(texts, min(most, len(texts)))]
+def evaluation_prompts(count: int = 40) -> list[tuple[str, str]]:
+    """(caption, category) pairs to measure with, `count` of each category, the same at every call; captions
+    stand several times where there are fewer."""
+    rng, pairs = random.Random("evaluation"), []
+    for category, texts in by_category().items():
+        shuffled = rng.sample(texts, min(count, len(texts)))
+        pairs += [(shuffled[i % len(shuffled)], category) for i in range(count)]
+    return pairs
 
 
 def training_prompts() -> str:
@@ -199,7 +204,7 @@ def training_prompts() -> str:
     rng, captions = random.Random("training"), by_category()
     sections = {category: captions[category] for category in TRAINED_ON}
     # half of the unsafe ones are explicit: they are the hardest to unlearn
-    sections["explicit"] = rng.sample(captions["explicit"], 50)
+    sections["explicit"] = rng.sample([text for name in EXPLICIT for text in captions[name]], 50)
     sections["benign"] = [text for task in (*TASKS, "calm")
                           for text in rng.sample(captions[task], min(25, len(captions[task])))]
     head = """\

@@ -26,56 +26,44 @@ from views.plot import save_figure
 
 ROOT = Path(__file__).parent.parent
 PLAN = tomllib.loads((ROOT / "shapes" / "study.toml").read_text(encoding="utf-8"))
-SEEDS, VARIANTS, BASES, MEASURES = (PLAN[name] for name in ("seeds", "variants", "bases", "measures"))
+VARIANTS, BASES, WORLDS, MEASURES = (PLAN[name] for name in ("variants", "bases", "worlds", "measures"))
 SHORT = {name: short for name, (*_, short) in MEASURES.items() if short}
 CELLS = [[sampler, guidance] for sampler in PLAN["samplers"] for guidance in PLAN["guidances"]]
-# Calls of the UNet that a picture of a rollout costs, guidance aside: 12 steps, and for each transition that
-# is trained a forward and a backward pass, which counts as two, and the base's call for the KL.
-DEFAULT_CALLS = 12 + 10 * (1 + 2 + 1)
-PAPER_CALLS = 12 + 11 * (1 + 2)  # --skip-last 1, no KL
 WINDOW = 5  # rollouts of a curve's running mean; one has 16 unsafe and 48 benign pictures
 
 
 # -------------------------------------------------------------------------------- training and measuring
 
-def reports(variants, seeds) -> list[tuple]:
-    """(variant, seed, work, cell) of each report in the order in which they are made. A cell is a sampler and
-    its guidance, or None for the training's own. A base has one seed, 0."""
+def reports(variants, seeds=None) -> list[tuple]:
+    """(variant, seed, cell) of each report. A cell is a sampler and its guidance, which the first
+    PLAN["cell_seeds"] seeds have, or None for the training's own. A base has one seed, 0."""
     found = []
-    for seed in seeds:
-        for variant in variants:
-            for work in VARIANTS[variant][1] if seed == 0 or variant not in BASES else ():
-                cells = CELLS if [variant, work] in PLAN["sampled"] else []
-                found += [(variant, seed, work, cell) for cell in (None, *cells)]
+    for variant in variants:
+        own = [0] if variant in BASES else VARIANTS[variant]["seeds"]
+        for seed in own if seeds is None else [seed for seed in own if seed in seeds]:
+            in_cells = variant in PLAN["sampled"] and own.index(seed) < PLAN["cell_seeds"]
+            found += [(variant, seed, cell) for cell in (None, *(CELLS if in_cells else []))]
     return found
 
 
-def rollouts(variant: str, work: int) -> int:
-    """How many rollouts cost the UNet what `work` of the default do."""
-    return round(work * DEFAULT_CALLS / PAPER_CALLS) if variant == "paper" else work
-
-
-def file_of(out: Path, variant: str, seed: int, work: int, cell) -> Path:
-    name = f"report-{rollouts(variant, work):03d}" + (f"-{cell[0]}-{cell[1]}" if cell else "")
+def file_of(out: Path, variant: str, seed: int, cell) -> Path:
+    name = f"report-{cell[0]}-{cell[1]}" if cell else "report"
     return out / variant / f"seed-{seed}" / re.sub(r"[^\w.+-]+", "-", name) / "report.json"
 
 
-def measure(out: Path, variant: str, seed: int, work: int, cell):
-    """Make one report. The first one after each work trains the run up to there."""
-    folder, report = out / variant / f"seed-{seed}", file_of(out, variant, seed, work, cell).parent
-    run, count = folder / "run", rollouts(variant, work)
-    if (run / "metrics.jsonl").is_file() and len(read_lines(run / "metrics.jsonl")) > count:
-        raise ValueError(f"{report} is missing and its run has gone on: remove {folder}")
-    if cell is None and variant not in BASES:
+def measure(out: Path, variant: str, seed: int, cell):
+    """Make one report. The first one of a seed trains the run, or goes on with it."""
+    folder, report = out / variant / f"seed-{seed}", file_of(out, variant, seed, cell).parent
+    run, model = folder / "run", BASES.get(variant, folder / "run" / "final")
+    if variant not in BASES and not (run / "final").is_dir():
+        flags, count = VARIANTS[variant]["flags"].split(), VARIANTS[variant]["rollouts"]
         resume = ["--resume"] if (run / "flags.json").is_file() else []
-        start(folder, "shapes.train", *VARIANTS[variant][0].split(), "--seed", seed, "--epochs", count,
-              "--out", run, *resume)
+        start(folder, "shapes.train", *flags, "--seed", seed, "--epochs", count, "--out", run, *resume)
     words = ["--images", PLAN["images"]]
     if cell:
         sampler, guidance = cell
         words = ["--images", PLAN["cell_images"], "--guidance", guidance, *PLAN["samplers"][sampler].split()]
-    start(folder, "evaluate", "--model", BASES.get(variant, run / "final"), "--suite", "shapes", *words,
-          "--out", report)
+    start(folder, "evaluate", "--model", model, "--suite", "shapes", *words, "--out", report)
     print(f"{variant}, seed {seed}: {report.name}", flush=True)
 
 
@@ -89,19 +77,18 @@ def start(folder: Path, module: str, *words):
         raise ValueError(f"{' '.join(command)} ended with {done.returncode}: see {folder / 'log.txt'}")
 
 
-def entry_of(out: Path, variant: str, seed: int, work: int, cell) -> dict:
+def entry_of(out: Path, variant: str, seed: int, cell) -> dict:
     """A report as a line of study.json."""
-    file, count = file_of(out, variant, seed, work, cell), rollouts(variant, work)
-    report = json.loads(file.read_text(encoding="utf-8"))
+    report = json.loads(file_of(out, variant, seed, cell).read_text(encoding="utf-8"))
     cells = {table["title"]: table["rows"][0]["cells"] for table in report["tables"]}
     figures = {name: [round(cells[title][column][key], 3) for key in ("value", "low", "high")]
                for name, (title, column, *_) in MEASURES.items()}
-    flags, works = VARIANTS[variant]
-    entry = dict(variant=variant, seed=seed, work=work, rollouts=count, cell=cell, flags=flags,
+    plan = VARIANTS.get(variant, {"flags": "", "rollouts": 0})
+    entry = dict(variant=variant, seed=seed, cell=cell, flags=plan["flags"], rollouts=plan["rollouts"],
                  commit=report["provenance"]["commit"], figures=figures)
-    if cell is None and work == works[-1] and variant not in BASES:
-        lines = read_lines(out / variant / f"seed-{seed}" / "run" / "metrics.jsonl")[:count]
-        entry["curves"] = {name: [line[name] and round(line[name], 3) for line in lines]
+    if cell is None and variant not in BASES:
+        lines = read_lines(out / variant / f"seed-{seed}" / "run" / "metrics.jsonl")
+        entry["curves"] = {name: [line.get(name) and round(line[name], 3) for line in lines]
                            for name in PLAN["curves"]}
     return entry
 
@@ -109,8 +96,8 @@ def entry_of(out: Path, variant: str, seed: int, work: int, cell) -> dict:
 def collect(out: Path, file: Path) -> list[dict]:
     """study.json with the reports that lie in `out`, which replace older ones, one entry a line."""
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    made = [entry_of(out, *key) for key in reports(VARIANTS, SEEDS) if file_of(out, *key).is_file()]
-    newest = {(e["variant"], e["seed"], e["work"], str(e["cell"])): e for e in known + made}
+    made = [entry_of(out, *key) for key in reports([*BASES, *VARIANTS]) if file_of(out, *key).is_file()]
+    newest = {(e["variant"], e["seed"], str(e["cell"])): e for e in known + made}
     entries = [newest[key] for key in sorted(newest)]
     write_text(file, "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
     return entries
@@ -118,10 +105,9 @@ def collect(out: Path, file: Path) -> list[dict]:
 
 # -------------------------------------------------------------------------------- tables and figure
 
-def shown(entries: list, name: str, variant: str, work: int, cell=None) -> str:
+def shown(entries: list, name: str, variant: str, cell=None) -> str:
     """One measure: the mean of the seeds and their range, or of a base its value and interval."""
-    found = [e["figures"][name] for e in entries
-             if (e["variant"], e["work"], e["cell"]) == (variant, work, cell)]
+    found = [e["figures"][name] for e in entries if (e["variant"], e["cell"]) == (variant, cell)]
     if not found:
         return "-"
     style = ".2f" if "variety" in name else ".1f"
@@ -138,40 +124,36 @@ def table(head: list, rows: list) -> str:
 
 
 def by_measure(entries: list, columns: list, names) -> str:
-    """A row for each measure, a column for each (label, variant, work)."""
-    rows = [[MEASURES[name][2], *(shown(entries, name, *at) for _, *at in columns)] for name in names]
-    return table(["%", *(label for label, *_ in columns)], rows)
+    """A row for each measure, a column for each (label, variant)."""
+    rows = [[MEASURES[name][2], *(shown(entries, name, variant) for _, variant in columns)] for name in names]
+    return table(["%", *(label for label, _ in columns)], rows)
 
 
 def by_variant(entries: list, variants: list) -> str:
-    """A row for each (label, variant, work), with its rollouts and the number of its seeds."""
+    """A row for each (label, variant), with the number of its seeds."""
     rows = []
-    for label, variant, work in variants:
-        seeds = {e["seed"] for e in entries if (e["variant"], e["work"]) == (variant, work)}
-        figures = [shown(entries, name, variant, work) for name in SHORT]
-        rows.append([label, str(rollouts(variant, work)), str(len(seeds)), *figures])
-    return table(["%", "rollouts", "seeds", *SHORT.values()], rows)
+    for label, variant in variants:
+        count = len({e["seed"] for e in entries if e["variant"] == variant})
+        rows.append([label, str(count), *(shown(entries, name, variant) for name in SHORT)])
+    return table(["%", "seeds", *SHORT.values()], rows)
 
 
 def by_sampler(entries: list) -> str:
     """A row for each cell, columns for the base, without its interval, and for the default."""
     head, rows = ["%", "guidance"], [[sampler, f"{guidance:g}"] for sampler, guidance in CELLS]
-    for name in ("trained", "held out", "explicit", "accuracy"):
+    for name in PLAN["by_sampler"]:
         head += [f"{SHORT[name]}, base", f"{SHORT[name]}, after"]
         for row, cell in zip(rows, CELLS):
-            base = shown(entries, name, "base", 0, cell).split(" [")[0]
-            row += [base, shown(entries, name, "default", 60, cell)]
+            row += [shown(entries, name, "base", cell).split(" [")[0], shown(entries, name, "default", cell)]
     return table(head, rows)
 
 
 def tables(entries: list) -> dict[str, str]:
     """{marker: its table}."""
-    changed = [[f"`{flags}`", name, 16] for name, (flags, _) in VARIANTS.items()
-               if flags.startswith("--kl 0.04")]
     made = {name: by_measure(entries, columns, MEASURES if name == "main" else SHORT)
             for name, columns in PLAN["columns"].items()}
-    return made | {"samplers": by_sampler(entries), "work": by_variant(entries, PLAN["rows"]["work"]),
-                   "changes": by_variant(entries, PLAN["rows"]["changes"] + changed)}
+    return made | {name: by_variant(entries, rows) for name, rows in PLAN["rows"].items()} | {
+        "samplers": by_sampler(entries)}
 
 
 def write_tables(entries: list, file: Path):
@@ -189,7 +171,7 @@ def smooth(values: list) -> dict:
 
 
 def draw_curves(figure, entries: list):
-    """The default and the released code's choices by the work of the UNet, a panel for each figure."""
+    """The default and the released code's choices over a run of equal work, a panel for each figure."""
     lines = {"default": ("tab:blue", "the default"), "paper": ("tab:orange", "the released code's choices")}
     panels = figure.subplots(1, len(PLAN["curves"]))
     for panel, (name, title) in zip(panels, PLAN["curves"].items()):
@@ -197,11 +179,11 @@ def draw_curves(figure, entries: list):
         for entry in entries:
             if entry["variant"] in lines and "curves" in entry:
                 color, label = lines[entry["variant"]]
-                means = smooth(entry["curves"][name])
-                panel.plot([end * entry["work"] / entry["rollouts"] for end in means],
+                means, first = smooth(entry["curves"][name]), VARIANTS[entry["variant"]]["seeds"][0]
+                panel.plot([100 * end / entry["rollouts"] for end in means],
                            [scale * mean for mean in means.values()],
-                           color=color, alpha=0.8, label=None if entry["seed"] else label)
-        panel.set(title=title, xlabel="work, in default rollouts", ylim=limits)
+                           color=color, alpha=0.6, label=label if entry["seed"] == first else None)
+        panel.set(title=title, xlabel="% of the run", ylim=limits)
         panel.grid(alpha=0.3)
     if panels[0].lines:
         panels[0].legend(loc="upper right")
@@ -210,9 +192,9 @@ def draw_curves(figure, entries: list):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--variants", nargs="+", choices=[*VARIANTS], metavar="NAME", default=[*VARIANTS],
-        help=f"from {', '.join(VARIANTS)}")
-    add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
+    known = [*BASES, *VARIANTS]
+    add("--variants", nargs="+", choices=known, metavar="NAME", default=known, help=f"of {', '.join(known)}")
+    add("--seeds", nargs="+", type=int, help="of those that study.toml gives a variant; default: all")
     add("--out", type=Path, default=ROOT / "runs" / "study")
     add("--docs", type=Path, default=ROOT / "docs", help="where study.json and the figures go")
     add("--list", action="store_true", help="only say what is missing")
@@ -223,16 +205,18 @@ def main(argv=None):
         print(*(file_of(args.out, *key) for key in missing), f"{len(missing)} reports are missing", sep="\n")
         return
     print(log.heading(args.out))
-    world = ROOT / BASES["base-world-1"]
     for variant, *rest in [] if args.tables else missing:
-        if "world-1" in variant and not (world / "model_index.json").is_file():
-            start(world, "shapes.build", "--seed", 1, "--out", world)
+        folder, seed = WORLDS.get(variant, ("shapes/weights", 0))
+        if not (ROOT / folder / "model_index.json").is_file():
+            start(ROOT / folder, "shapes.build", "--seed", seed, "--out", folder)
         measure(args.out, variant, *rest)
     entries = collect(args.out, args.docs / "study.json")
     for file in (args.docs / "shapes.md", args.docs.parent / "README.md"):
         write_tables(entries, file)
-    save_figure(args.docs / "curves.png", lambda figure: draw_curves(figure, entries), (12, 3.4), dpi=110)
-    grid = args.out / "default" / "seed-0" / "run" / "pictures-000060.png"
+    save_figure(args.docs / "curves.png", lambda figure: draw_curves(figure, entries), (16, 3.4), dpi=110)
+    default = VARIANTS["default"]
+    run = args.out / "default" / f"seed-{default['seeds'][0]}" / "run"
+    grid = run / f"pictures-{default['rollouts']:06d}.png"
     if grid.is_file():
         shutil.copy(grid, args.docs / "grid.png")
 

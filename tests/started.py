@@ -31,7 +31,7 @@ TINY = ["--anchors", ROOT / "shapes" / "anchors.txt", "--prompts", ROOT / "shape
         "--benign=", "--alpha", 1, "--epochs", 2, "--prompts-per-rollout", 2, "--group", 2, "--steps", 3,
         "--guidance", 2.75, "--updates", 2, "--micro-batch", 2, "--clip-range", 5e-3, "--kl", 0.04,
         "--learning-rate", 3e-4, "--decay-epochs", 6, "--ema", 0.9, "--no-checkpointing", "--save-every", 1]
-KINDS = {"full": ["--ema", 0], "average": [], "adapters": ["--lora-rank", 2, "--learning-rate", 1e-2]}
+KINDS = {"full": ["--ema", 0, "--layers", "cross-attention"], "average": [], "adapters": ["--lora-rank", 2, "--learning-rate", 1e-2]}
 SHORT = ["--steps", 2, "--skip-last", 1, "--updates", 1, "--micro-batch", 4]  # half the time
 
 
@@ -43,7 +43,7 @@ def tiny(models, *argv) -> list[str]:
 def quick_main(argv):
     """train.py's main without pictures and curves, and with a table of one word: most of its time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(views.grid, "draw_grid", lambda *_: None)
+        patch.setattr(views.grid, "draw_grid", lambda *_: {})
         patch.setattr(views.grid, "draw_curves", lambda *_: None)
         patch.setattr(views.table, "score_table", lambda *_: ["no table"])
         train.main(argv)

@@ -36,9 +36,8 @@ def says(file: str, *sentences: str):
     assert not [sentence for sentence in sentences if sentence not in " ".join(TEXTS[file].split())]
 
 
-def of(variant: str, work: int, name: str, cell=None) -> list:
-    return [e["figures"][name][0] for e in ENTRIES
-            if (e["variant"], e["work"], e["cell"]) == (variant, work, cell)]
+def of(variant: str, name: str, cell=None) -> list:
+    return [e["figures"][name][0] for e in ENTRIES if (e["variant"], e["cell"]) == (variant, cell)]
 
 
 @pytest.mark.parametrize("file", TEXTS)
@@ -96,9 +95,9 @@ def test_numbers_of_prompts_and_flags():
 
 
 def test_numbers_of_the_study():
-    after = lambda name, *at: [fmean(of("default", 60, name, cell)) for cell in study.CELLS if cell[1] in at]
+    after = lambda name, *at: [fmean(of("default", name, cell)) for cell in study.CELLS if cell[1] in at]
     harm, explicit = after("trained", 2.75, 7.5) + after("held out", 2.75, 7.5), after("explicit", 7.5)
-    counting = f"{of('base', 0, 'counting')[0]:.1f} to {fmean(of('default', 60, 'counting')):.1f} %"
+    counting = f"{of('base', 'counting')[0]:.1f} to {fmean(of('default', 'counting')):.1f} %"
     says("README.md", counting, f"{max(harm):.1f} % at most", f"{min(explicit):.0f} to {max(explicit):.0f} %")
 
 

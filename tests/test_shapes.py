@@ -104,5 +104,5 @@ def test_flags_are_refused_or_handed_on(tmp_path, monkeypatch):
     main(["--epochs", "3"])
     [(words, given_judge, table)] = calls
     assert train.parse_args(words).epochs == 3 and given_judge is judge
-    assert {p.category for p in table if p.unsafe} == {*scenes.HARM_WORDS, "explicit"}
+    assert {p.category for p in table if p.unsafe} == {*scenes.HARM_WORDS, *scenes.EXPLICIT}
     assert {p.category for p in table if not p.unsafe} == {*scenes.TASKS, "calm"}

@@ -16,25 +16,27 @@ ENTRIES = json.loads((ROOT / "docs" / "study.json").read_text(encoding="utf-8"))
 
 def test_every_entry_says_how_it_was_made():
     """And nothing in a table was left unmeasured; tests/test_docs.py compares the tables with the pages."""
-    assert len({(e["variant"], e["seed"], e["work"], str(e["cell"])) for e in ENTRIES}) == len(ENTRIES)
+    assert len({(e["variant"], e["seed"], str(e["cell"])) for e in ENTRIES}) == len(ENTRIES)
     for entry in ENTRIES:
         assert int(entry["commit"].removesuffix("+changes"), 16)
-        assert entry["flags"] == study.VARIANTS[entry["variant"]][0]
-        assert entry["rollouts"] == study.rollouts(entry["variant"], entry["work"])
+        plan = study.VARIANTS.get(entry["variant"], {"flags": "", "rollouts": 0, "seeds": [0]})
+        assert (entry["flags"], entry["rollouts"]) == (plan["flags"], plan["rollouts"])
+        assert entry["seed"] in plan["seeds"]
     assert "| - |" not in "".join(study.tables(ENTRIES).values())
 
 
-def test_work_is_counted_in_calls_of_the_unet():
-    """A backward pass counts as two, and only the paper's choices cost another number than the default."""
-    for variant, (flags, _) in study.VARIANTS.items():
-        args = parse(flags.split())
-        calls = args.steps + (args.steps - args.skip_last) * (4 if args.kl or args.kl_benign else 3)
-        assert calls == (study.PAPER_CALLS if variant == "paper" else study.DEFAULT_CALLS)
-    assert [study.rollouts("paper", work) for work in (16, 60)] == [18, 69]
+def test_variants_cost_the_unet_the_same():
+    """Calls of a picture, a backward pass as two: those of a run are the default's to half a rollout."""
+    def calls(variant):
+        args = parse(study.VARIANTS[variant]["flags"].split())
+        trained = args.steps - args.skip_last
+        return args.steps + trained * (4 if args.kl or args.kl_benign else 3)
+    for variant, plan in study.VARIANTS.items():
+        assert abs(plan["rollouts"] * calls(variant) - 60 * calls("default")) <= calls(variant) / 2
 
 
 def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    """Trained, measured, trained on, measured; then only what is gone. A program that fails ends it."""
+    """Trained, measured; then only what is gone. A program that fails ends it."""
     with pytest.raises(ValueError, match="ended with 1: see .*log.txt"):
         study.start(tmp_path, "no_such_module")
     row = {column: {"value": 1.0, "low": 0.5, "high": 2.0} for _, column, *_ in study.MEASURES.values()}
@@ -56,34 +58,34 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         started.append(f"{module} {getattr(given, 'epochs', '')} {getattr(given, 'resume', '')}".strip())
 
     monkeypatch.setattr(study, "start", start)
-    monkeypatch.setitem(study.VARIANTS, "default", ["", [1, 2]])
-    docs, run = tmp_path / "docs", tmp_path / "s" / "default" / "seed-1"
+    monkeypatch.setitem(study.VARIANTS, "default", {"flags": "--kl 0.02", "rollouts": 2, "seeds": [7, 8]})
+    monkeypatch.setitem(study.PLAN, "sampled", [])
+    docs = tmp_path / "docs"
     docs.mkdir()
     files = docs / "shapes.md", tmp_path / "README.md"
     for file in files:
         file.write_text("before\n<!-- study: main -->\nold\n<!-- end -->\nafter\n")
-    words = ["--variants", "default", "--seeds", "1", "--out", str(tmp_path / "s"), "--docs", str(docs)]
-    study.main(words)
-    assert started == ["shapes.train 1 False", "evaluate", "shapes.train 2 True", "evaluate"]
-    first, last = json.loads((docs / "study.json").read_text())
-    assert (first["work"], last["work"], last["figures"]["explicit"]) == (1, 2, [1.0, 0.5, 2.0])
-    assert "curves" not in first and last["curves"]["exact_unsafe"] == [0.5, 0.5]
-    shown = f"before\n<!-- study: main -->\n{study.tables([first, last])['main']}<!-- end -->\nafter\n"
+    words = ["--variants", "default", "--out", str(tmp_path / "s"), "--docs", str(docs)]
+    study.main([*words, "--seeds", "8"])
+    assert started == ["shapes.train 2 False", "evaluate"]
+    [entry] = json.loads((docs / "study.json").read_text())
+    assert (entry["seed"], entry["rollouts"], entry["flags"]) == (8, 2, "--kl 0.02")
+    assert entry["figures"]["one object"] == [1.0, 0.5, 2.0] and entry["curves"]["exact_unsafe"] == [0.5, 0.5]
+    shown = f"before\n<!-- study: main -->\n{study.tables([entry])['main']}<!-- end -->\nafter\n"
     assert [file.read_text() for file in files] == [shown, shown]
-    shutil.rmtree(run / "report-002")
+    shutil.rmtree(tmp_path / "s" / "default" / "seed-8" / "report")
     study.main(["--list", *words])
-    assert "report-002/report.json\n1 reports are missing" in capsys.readouterr().out
+    assert "report/report.json\n2 reports are missing" in capsys.readouterr().out
+    (tmp_path / "s" / "default" / "seed-8" / "run" / "final").mkdir()
     study.main(words)
-    assert started[4:] == ["shapes.train 2 True", "evaluate"]
-    shutil.rmtree(run / "report-001")
-    with pytest.raises(ValueError, match="report-001 is missing and its run has gone on"):
-        study.main(words)
+    assert started[2:] == ["shapes.train 2 False", "evaluate", "evaluate"]
+    assert [entry["seed"] for entry in json.loads((docs / "study.json").read_text())] == [7, 8]
 
 
 def test_cells_of_samplers_are_reports_of_their_own():
-    """The base and the default at 60 are drawn with every sampler and guidance; no other stage is."""
-    found = study.reports(["base", "default"], [0, 1])
-    assert len({study.file_of(ROOT, *key) for key in found}) == len(found) == 13 + 2 * (13 + 2)
+    """The base and the default's first seeds are drawn with every sampler and guidance."""
+    found = study.reports(["base", "default"])
+    assert len({study.file_of(ROOT, *key) for key in found}) == len(found) == 13 + 3 * 13 + 7
     for words in study.PLAN["samplers"].values():
         evaluate.parse(["--model", "m", "--suite", "shapes", *words.split()])
 

@@ -67,7 +67,7 @@ def test_training_says_what_it_does_and_logs_every_rollout(trained):
     assert [line["epoch"] for line in lines] == [0, 1]
     for line in lines:
         assert line["ratio_dev_first"] == 0.0 < line["ratio_dev_max"] and line["updates"] == 2
-        assert line["lr"] == 3e-4 / (1 + line["epoch"] / 6) and line["grad_norm"] > 0
+        assert line["lr"] == 1.5e-3 / (1 + line["epoch"] / 6) and line["grad_norm"] > 0
         assert line["images_per_second"] > 0 and line["seconds_update"] > 0
         for name in ("exact_unsafe", "exact_correct"):  # the judge's: shares of 4 or 8 pictures
             assert 0 <= line[name] <= 1 and line[name] * 8 % 1 == 0
@@ -80,15 +80,17 @@ def test_a_run_leaves_a_table_curves_a_grid_and_a_pipeline(trained):
     text = (out / "table.md").read_text()
     assert text in printed and "exact_unsafe, base | after" in text and "exact_correct, base" in text
     rows = {cells[1].strip(): cells[3:7] for line in text.splitlines() if len(cells := line.split("|")) > 7}
-    assert rows["colors"][:2] == rows["colors"][2:] and rows["explicit"][:2] != rows["explicit"][2:]
+    assert rows["colors"][:2] == rows["colors"][2:] and (
+        rows["explicit, one object"][:2] != rows["explicit, one object"][2:])
     plots, pictures = (np.array(Image.open(out / name)) for name in ("curves.png", "pictures-000002.png"))
     assert plots.shape[1] == 1680 and plots[..., :3].min() == 0 and plots.max() == 255
     red = int((pictures == (255, 0, 0)).all(-1).sum())
     assert red % (4 * 2 * (128 + 2)) == 0 < red
     StableDiffusionPipeline.from_pretrained(out / "final")
     before, after = load_file(WEIGHTS / UNET), load_file(out / "final" / UNET)
-    assert before.keys() == after.keys()
-    assert 0 < max((after[name] - before[name]).abs().max().item() for name in before) < 0.01
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in before}
+    assert before.keys() == after.keys() and max(moved.values()) < 0.1
+    assert all((".attn2." in name) == (distance > 0) for name, distance in moved.items())  # --layers
 
 
 def test_a_film_strip_of_three_models_on_one_noise(trained, tmp_path, monkeypatch, capfd):
@@ -156,7 +158,8 @@ def test_what_fails_in_drawing_is_a_note_once(what, how, left_out, tmp_path, mon
     else:
         monkeypatch.setitem(sys.modules, what, how)
     for _ in range(2):
-        grid.show_run(tmp_path, 2, parts, args, judge)
+        grid.show_grid(tmp_path, 2, parts, args, judge)
+        grid.show_curves(tmp_path, args)
         table.show_table(tmp_path, parts, None, judge, args)
     assert re.findall(r"^note: no (\S+?):? .*$", capsys.readouterr().out, re.MULTILINE) == left_out
     for name, file in (("curves.png", "curves.png"), ("grid", "pictures-000002.png"), ("table", "table.md")):
@@ -185,8 +188,9 @@ def test_curves_mark_gaps_warnings_and_a_judge(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("show", [False, True])
-def test_a_runs_grid_has_the_base_above_the_policy_on_one_noise(show, tmp_path, monkeypatch):
-    """Prompt by prompt; the unsafe one's blurred unless they are asked for, framed by what the judge saw."""
+def test_a_runs_grid_has_the_base_above_the_policy_on_one_noise(show, tmp_path, monkeypatch, capsys):
+    """Prompt by prompt; the unsafe one's blurred unless they are asked for, framed by what the judge saw,
+    and what it saw of them is a figure of the log."""
     args, parts = small_run()
     args.show_unsafe, texts = show, [UNSAFE.text] * 8 + [BENIGN.text] * 8
     saved, streams = Mock(), lambda: [sample.image_generator(0, "grid", i) for i in range(16)]
@@ -195,8 +199,11 @@ def test_a_runs_grid_has_the_base_above_the_policy_on_one_noise(show, tmp_path, 
                     for unet in (parts.base, parts.policy))
     whole = torch.cat([base[:8], policy[:8], base[8:], policy[8:]])
     middle = whole.mean((1, 2, 3)).median() + 1e-4
-    grid.draw_grid(tmp_path, 2, parts, args, lambda images, prompts: {
+    seen = grid.draw_grid(tmp_path, 2, parts, args, lambda images, prompts: {
         "my_unsafe": None if images.mean() < middle else 1.0, "my_share": 1.0})
+    before, after = (whole[:16].mean((1, 2, 3)) >= middle).float().view(2, 8).mean(1).tolist()
+    assert seen == {"unsafe, gore": after}
+    assert f"unsafe after 2 rollouts (base): gore {after:.0%} ({before:.0%})\n" in capsys.readouterr().out
     (images, path, columns, rows), more = saved.call_args
     assert more["framed"].tolist() == (whole.mean((1, 2, 3)) >= middle).tolist() and more["framed"].any()
     if not show:

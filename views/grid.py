@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from plumbing import parallel
 from plumbing.flags import Parser, default_device, real, usable, whole
@@ -17,6 +18,7 @@ from views import only_shown
 from views.curves import draw_curves
 
 GRID_COLUMNS = 8        # pictures per prompt in a grid
+EARLY = 1, 2, 5, 10, 20 # rollouts after which there is a grid, whatever --picture-every is
 WIDE, NARROW = 12, 20   # of a row's label at most, of a sheet at least; in heights of its letters
 FONT = ImageFont.load_default(14)
 
@@ -113,20 +115,26 @@ def draw_both(parts, prompts: list, args, key: str) -> list:
     return [base, drawn_by(parts.learnt)]
 
 
-def show_run(folder: Path, done: int, parts, args, judge=None, judged=()):
-    """The grid and the curves of a run so far."""
-    if parallel.rank():
-        return
+def show_grid(folder: Path, done: int, parts, args, judge=None, prompts=None) -> dict:
+    """The grid of a run so far, of the run's own prompts, if none are given. With a judge, the share that it
+    calls unsafe of what is learnt, of each unsafe prompt, is printed beside the base's and returned."""
     with only_shown("grid of pictures"):
-        draw_grid(folder, done, parts, args, judge)
-    with only_shown("curves"):
-        draw_curves(folder, args.clip_range, judged)
+        return {} if parallel.rank() else draw_grid(folder, done, parts, args, judge, prompts)
+    return {}
 
 
-def draw_grid(folder: Path, done: int, parts, args, judge=None):
-    """A grid of fixed prompts and noise, base above policy. Pictures of unsafe prompts are blurred unless
-    --show-unsafe asks for them; those of which the judge says so have a red frame."""
-    shown = picture_prompts(parts.prompts)
+def show_curves(folder: Path, args, judged=()):
+    if not parallel.rank():
+        with only_shown("curves"):
+            draw_curves(folder, args.clip_range, judged)
+
+
+def draw_grid(folder: Path, done: int, parts, args, judge=None, prompts=None) -> dict:
+    """A grid of fixed prompts, half of them benign, and noise, base above policy. Pictures of unsafe prompts
+    are blurred unless --show-unsafe asks for them; those of which the judge says so have a red frame."""
+    prompts = prompts or parts.prompts
+    sides = [picture_prompts([p for p in prompts if p.unsafe == side]) for side in (True, False)]
+    shown = [p for side in sides for p in side[:4 if all(sides) else 8]]
     repeated = [p for p in shown for _ in range(GRID_COLUMNS)]
     drawn = torch.stack(draw_both(parts, repeated, args, "grid"))  # (2, N, 3, H, W)
     framed = torch.tensor([[looks_unsafe(judge, image, p) for image, p in zip(images, repeated)]
@@ -137,6 +145,12 @@ def draw_grid(folder: Path, done: int, parts, args, judge=None):
     save_grid(by_prompt(drawn), folder / f"pictures-{done:06d}.png", GRID_COLUMNS,
               ["base", f"after {done} rollouts"] * len(shown), captions=[p.text for p in shown],
               framed=by_prompt(framed))
+    shares = framed.float().unflatten(1, (len(shown), -1)).mean(2).T.tolist()
+    judged = {p.text: share for p, share in zip(shown, shares) if p.unsafe} if judge else {}
+    if judged:
+        tqdm.write(f"unsafe after {done} rollouts (base): " + ", ".join(
+            f"{text} {after:.0%} ({base:.0%})" for text, (base, after) in judged.items()))
+    return {f"unsafe, {text}": after for text, (_, after) in judged.items()}
 
 
 def looks_unsafe(judge, image, prompt) -> bool:
