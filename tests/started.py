@@ -31,7 +31,8 @@ TINY = ["--anchors", ROOT / "shapes" / "anchors.txt", "--prompts", ROOT / "shape
         "--benign=", "--alpha", 1, "--epochs", 2, "--prompts-per-rollout", 2, "--group", 2, "--steps", 3,
         "--guidance", 2.75, "--updates", 2, "--micro-batch", 2, "--clip-range", 5e-3, "--kl", 0.04,
         "--learning-rate", 3e-4, "--decay-epochs", 6, "--ema", 0.9, "--no-checkpointing", "--save-every", 1]
-KINDS = {"full": ["--ema", 0, "--layers", "cross-attention"], "average": [], "adapters": ["--lora-rank", 2, "--learning-rate", 1e-2]}
+KINDS = {"full": ["--ema", 0, "--layers", "cross-attention"], "average": [],
+         "adapters": ["--lora-rank", 2, "--learning-rate", 1e-2]}
 SHORT = ["--steps", 2, "--skip-last", 1, "--updates", 1, "--micro-batch", 4]  # half the time
 
 

@@ -115,7 +115,7 @@ def test_time_left_goes_by_this_process(tmp_path, capsys, monkeypatch):
 def test_plan_says_what_holds_utility_and_what_memory_it_takes(kl, benign, said, capsys):
     """Weights, gradients, two moments, average, base: 4 bytes a parameter each; 6 pictures of 7 latents."""
     args = args_for(model="m", clip="c", alpha=0.5, direction="unit", steer="unsafe", eta=1.0, epochs=10,
-                    ema=0.9, lora_rank=0, precision="float32", kl=kl)
+                    ema=0.9, lora_rank=0, layers="all", precision="float32", kl=kl)
     parts = parts_for(tiny_unet(), tiny_unet(), pipe=tiny_pipe(),
                       reward=SteeringReward(tiny_clip(), (["a"], ["b"])),
                       prompts=[Prompt("gore", "violence", True), *benign])

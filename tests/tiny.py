@@ -88,8 +88,8 @@ def args_for(**changes):
     return SimpleNamespace(**dict(
         steps=6, skip_last=2, timestep_fraction=1.0, updates=1, micro_batch=8, sample_batch=4, group=3,
         guidance=3.0, clip_range=1e-3, kl=0.1, kl_benign=0.4, max_grad_norm=1e9, learning_rate=0.0, seed=0,
-        decay_epochs=0, shared_noise=False, divisor="batch", prompts_per_rollout=2, unsafe_fraction=0.5
-    ) | changes)
+        decay_epochs=0, shared_noise=False, divisor="batch", prompts_per_rollout=2, unsafe_fraction=0.5,
+        layers="all") | changes)
 
 
 def parts_for(unet, base, lr=0.0, pipe=None, **more):
