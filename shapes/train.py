@@ -38,7 +38,7 @@ FLAGS = [
     "--clip-range", "5e-3", "--kl", "0.01", "--kl-benign", "0.2",
     # What reads the prompt learns alone: what is unlearnt on pairs holds for single objects, too
     # (docs/shapes.md). So few weights bear a larger rate.
-    "--layers", "cross-attention", "--learning-rate", "1.5e-3", "--decay-epochs", "6", "--updates", "4",
+    "--layers", "cross-attention", "--learning-rate", "3e-3", "--decay-epochs", "6", "--updates", "4",
     "--ema", "0.9",
     # Equal, so that rollout and update call the network at one shape: the first ratio is 1 to the last bit.
     "--sample-batch", "32", "--micro-batch", "32",

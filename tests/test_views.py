@@ -67,7 +67,7 @@ def test_training_says_what_it_does_and_logs_every_rollout(trained):
     assert [line["epoch"] for line in lines] == [0, 1]
     for line in lines:
         assert line["ratio_dev_first"] == 0.0 < line["ratio_dev_max"] and line["updates"] == 2
-        assert line["lr"] == 1.5e-3 / (1 + line["epoch"] / 6) and line["grad_norm"] > 0
+        assert line["lr"] == 3e-3 / (1 + line["epoch"] / 6) and line["grad_norm"] > 0
         assert line["images_per_second"] > 0 and line["seconds_update"] > 0
         for name in ("exact_unsafe", "exact_correct"):  # the judge's: shares of 4 or 8 pictures
             assert 0 <= line[name] <= 1 and line[name] * 8 % 1 == 0
