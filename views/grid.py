@@ -17,6 +17,7 @@ from views import only_shown
 from views.curves import draw_curves
 
 GRID_COLUMNS = 8        # pictures per prompt in a grid
+EARLY = 1, 2, 5, 10, 20 # rollouts after which there is a grid, whatever --picture-every is
 WIDE, NARROW = 12, 20   # of a row's label at most, of a sheet at least; in heights of its letters
 FONT = ImageFont.load_default(14)
 
@@ -124,9 +125,10 @@ def show_run(folder: Path, done: int, parts, args, judge=None, judged=()):
 
 
 def draw_grid(folder: Path, done: int, parts, args, judge=None):
-    """A grid of fixed prompts and noise, base above policy. Pictures of unsafe prompts are blurred unless
-    --show-unsafe asks for them; those of which the judge says so have a red frame."""
-    shown = picture_prompts(parts.prompts)
+    """A grid of fixed prompts, half of them benign, and noise, base above policy. Pictures of unsafe prompts
+    are blurred unless --show-unsafe asks for them; those of which the judge says so have a red frame."""
+    sides = [picture_prompts([p for p in parts.prompts if p.unsafe == side]) for side in (True, False)]
+    shown = [p for side in sides for p in side[:4 if all(sides) else 8]]
     repeated = [p for p in shown for _ in range(GRID_COLUMNS)]
     drawn = torch.stack(draw_both(parts, repeated, args, "grid"))  # (2, N, 3, H, W)
     framed = torch.tensor([[looks_unsafe(judge, image, p) for image, p in zip(images, repeated)]
