@@ -9,7 +9,7 @@ Departures from the project page and the released code of arXiv 2605.18719, with
  2. stored latents are float32: what is scored is what is trained on, so the ratio of the first update is 1
  3. the last two transitions are left out: at T = 50 one of them carries half of the gradient's variance
  4. P = 8 prompts and 2 updates per rollout, for one GPU
- 5. under bf16 the update computes the old log-probabilities again, in its own batches: others round otherwise
+ 5. under bf16 the update computes the old log-probabilities in its own batches: others round otherwise
 
     python train.py --prompts prompts/i2p.txt --out runs/sd14      # SD v1.4, on one GPU
     python -m shapes.train                                         # the shapes world, minutes on a laptop
@@ -32,6 +32,7 @@ from reward import SteeringReward, spread
 from sample import (Rollout, autocast, ddim_mean, ddim_schedule, draw, image_generator, latent_shape,
                     log_prob, predict_noise)
 from views.direction import carried
+from views.estimate import show_estimate
 from views.grid import EARLY, show_curves, show_grid
 from views.table import judge_sides, show_table
 
@@ -54,6 +55,7 @@ def make_parser(argv) -> Parser:
     add("--show-unsafe", action="store_true", help="do not blur unsafe prompts' pictures in the grids")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--dry-run", action="store_true", help="load everything, say what it will take, and stop")
     add = more("reward")
     add("--alpha", type=real("[0, inf]"), default=0.5, help="how far the text is moved (page: 0.5)")
     add("--direction", choices=("unit", "raw"), default="unit", help="v of length 1, or not (code's README)")
@@ -94,7 +96,7 @@ def make_parser(argv) -> Parser:
 def parse_args(argv=None):
     parser = make_parser(argv)
     args = parser.parse_args(argv)
-    W, transitions = parallel.world(), args.prompts_per_rollout * args.group * per_picture(args)
+    W, transitions = parallel.world(), args.prompts_per_rollout * args.group * log.per_picture(args)
     for wrong, why in (
             (args.resume and args.overwrite, "--resume continues a run, --overwrite replaces it: give one"),
             (args.prompts_per_rollout % W, f"--prompts-per-rollout: no multiple of the {W} processes"),
@@ -103,11 +105,6 @@ def parse_args(argv=None):
         if wrong:
             parser.error(why)
     return args
-
-
-def per_picture(args) -> int:
-    """How many transitions of each picture are trained on."""
-    return max(1, round((args.steps - args.skip_last) * args.timestep_fraction))
 
 
 # -------------------------------------------------------------------------------- the networks
@@ -221,32 +218,32 @@ def step_mean(parts: Parts, unet, batch: Rollout, pairs, args):
 
 
 @torch.no_grad()
-def old_log_probs(parts: Parts, batch: Rollout, shares: list, args, bar):
-    """The rollout's log-densities (B, T); under bf16 those of the shares' pairs computed again before any
-    step, in the calls that `update` makes.
+def old_log_probs(parts: Parts, batch: Rollout, again: list, args, bar):
+    """The rollout's log-densities (B, T); of the micro-batches `again` by the calls that `update` makes.
 
     On a GPU a row's last bf16 digits depend on the rows beside it, and a clip range of 1e-4 would take that
     for learning: |rho - 1| was up to 7.6e-4 on an H200."""
     log_probs = batch.log_probs.clone()
-    for pairs in shares if parts.dtype != torch.float32 else ():
-        for micro in pairs.split(args.micro_batch) if len(pairs) else ():
-            image, step = micro.unbind(1)
-            mu = step_mean(parts, parts.policy, batch, micro, args)
-            log_probs[image, step] = log_prob(batch.latents[image, step + 1], mu, parts.schedule.sigma[step])
-            bar.update()
+    for pairs in again:
+        image, step = pairs.unbind(1)
+        mu = step_mean(parts, parts.policy, batch, pairs, args)
+        log_probs[image, step] = log_prob(batch.latents[image, step + 1], mu, parts.schedule.sigma[step])
+        bar.update()
     return log_probs
 
 
 def loss_on(parts: Parts, batch: Rollout, pairs, old, advantages, unsafe, args):
     """The loss on some transitions: clipped policy loss + beta·KL to the base, beta by the prompt's side.
 
-    pairs (n, 2): picture and transition; old (B, T): the log-densities of the policy that sampled; advantages
-    (B,), unsafe (B,) bool. Returns the scalar loss, log rho (n,) without gradient, and grpo's statistics with
-    the sum of the KL among them."""
+    pairs (n, 2): picture and transition; old (B, T): the log-densities of the policy that sampled, or None
+    where this still is that one; advantages (B,), unsafe (B,) bool. Returns the scalar loss, log rho (n,)
+    without gradient, and grpo's statistics, the sum of the KL, and |rho - 1| against the rollout's own."""
     image, step = pairs.unbind(1)
     s, mu = parts.schedule.sigma[step], step_mean(parts, parts.policy, batch, pairs, args)
-    logp, logp_old = log_prob(batch.latents[image, step + 1], mu, s), old[image, step]
+    logp = log_prob(batch.latents[image, step + 1], mu, s)
+    logp_old = logp.detach() if old is None else old[image, step]
     loss, stats = policy_loss(logp, logp_old, advantages[image], args.clip_range)
+    stats["rounding"] = ((logp.detach() - batch.log_probs[image, step]).exp() - 1).abs().max()
     stats["kl_ref"] = torch.zeros_like(loss)
     if args.kl or args.kl_benign:
         with torch.no_grad(), without_adapter(parts.policy, parts.base):
@@ -270,17 +267,19 @@ def update(parts: Parts, batch: Rollout, advantages, unsafe, args, epoch: int) -
                                args.timestep_fraction, generator)
     shares = pairs.tensor_split(args.updates) if len(pairs) >= args.updates else []
     # at once: a transfer waits for all that the device has to do
-    own = [parallel.own(share, len(advantages)).to(parts.device) for share in shares]
-    calls = sum(math.ceil(len(share) / args.micro_batch) for share in own)
+    own = [parallel.own(share, len(advantages)).to(parts.device).split(args.micro_batch) for share in shares]
+    own = [[micro for micro in mine if len(micro)] for mine in own]
+    # the first share's own forward gives logp_old; its first micro-batch is computed again to test the rest
+    again = sum(own[1:], own[0][:1]) if own and parts.dtype != torch.float32 else []
     steps, norms = [], []  # of each optimizer step: its micro-batches, and its gradient's norm
-    with tqdm(total=calls * (1 if parts.dtype == torch.float32 else 2), desc="update", leave=False,
-              disable=None) as bar:
-        old = old_log_probs(parts, batch, own, args, bar)
-        for share, mine in zip(shares, own):
+    with tqdm(total=len(again) + sum(map(len, own)), desc="update", leave=False, disable=None) as bar:
+        old = old_log_probs(parts, batch, again, args, bar)
+        for number, (share, mine) in enumerate(zip(shares, own)):
             parts.optimizer.zero_grad(set_to_none=True)
             watched = []
-            for micro in mine.split(args.micro_batch) if len(mine) else ():
-                loss, log_rho, stats = loss_on(parts, batch, micro, old, advantages, unsafe, args)
+            for micro in mine:
+                known = old if number or not again or micro is mine[0] else None
+                loss, log_rho, stats = loss_on(parts, batch, micro, known, advantages, unsafe, args)
                 (loss * (len(micro) / len(share))).backward()
                 watched.append((micro, log_rho, loss.detach(), stats))
                 bar.update()
@@ -351,7 +350,10 @@ def main(argv=None, judge=None, table_prompts=None):
     with run.opened(args) as folder:
         this = run.make_run(folder, args, dict(prompts=hashes, benign=more_hashes, anchors=[anchors_hash]))
         parts = set_up(args, prompts + more, anchors, schedule)
-        log.print_plan(args, parts, per_picture(args), carried(parts.reward, parts.prompts))
+        log.print_plan(args, parts, carried(parts.reward, parts.prompts))
+        show_estimate(args, parts, loss_on)
+        if args.dry_run:
+            return
         loop(this, parts, args, judge, table_prompts)
         if not parallel.rank():
             show_table(this.folder, parts, table_prompts, judge, args)
@@ -367,12 +369,13 @@ def loop(this: run.Run, parts: Parts, args, judge, table_prompts):
             for epoch in tqdm(range(done, args.epochs), "epochs", args.epochs, initial=done, disable=None):
                 clock = log.Clock(parts.device)
                 figures, judged = one_epoch(parts, args, epoch, clock, judge)
-                figures |= clock.figures(args.prompts_per_rollout * args.group)
+                figures |= clock.figures(args.prompts_per_rollout * args.group) | judged
                 done = epoch + 1
                 looked = done == args.epochs or done % args.picture_every == 0 or done in EARLY
-                seen = show_grid(this.folder, done, parts, args, judge, table_prompts) if looked else {}
-                metrics.append(figures | judged | seen)
-                if done == args.epochs or done % args.save_every == 0:
+                if looked:
+                    figures |= show_grid(this.folder, done, parts, args, judge, table_prompts)
+                metrics.append(figures)
+                if done == args.epochs or done % args.save_every == 0 or run.is_due(this):
                     run.save(this, done, parts, args)
                 if looked:
                     show_curves(this.folder, args, judged)

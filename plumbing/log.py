@@ -46,9 +46,14 @@ def heading(out=None) -> str:
 
 # -------------------------------------------------------------------------------- the plan
 
-def print_plan(args, parts, per_picture: int, carried: str):
-    """One screen that says what is about to happen and what it needs, before it happens. per_picture:
-    transitions that are trained; carried: how alpha moves the unsafe prompts, in words."""
+def per_picture(args) -> int:
+    """How many transitions of each picture are trained on."""
+    return max(1, round((args.steps - args.skip_last) * args.timestep_fraction))
+
+
+def print_plan(args, parts, carried: str):
+    """One screen that says what is about to happen and what it needs, before it happens. carried: how alpha
+    moves the unsafe prompts, in words."""
     images = args.prompts_per_rollout * args.group
     count = sum(weight.numel() for weight in trained(parts.policy))
     lora = f" (LoRA, rank {args.lora_rank})" if args.lora_rank else ""
@@ -69,7 +74,7 @@ def print_plan(args, parts, per_picture: int, carried: str):
         print(f"         no benign prompts: what holds utility is {holds} alone; --benign adds some")
     print(f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, "
           f"{args.steps} steps, guidance {args.guidance}, eta {args.eta}\n"
-          f"update   {args.updates} per rollout on {images * per_picture} transitions (all but "
+          f"update   {args.updates} per rollout on {images * per_picture(args)} transitions (all but "
           f"the last {args.skip_last} of each, x {args.timestep_fraction}), lr {args.learning_rate}{decay}, "
           f"clip {args.clip_range}, KL {args.kl} unsafe, {args.kl_benign} benign{average}\n"
           f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates\n"
@@ -123,7 +128,8 @@ class Clock:
 
 def tally(steps: list, norms: list, shares: list) -> dict:
     """The statistics of an update, of all processes together: sums over all transitions, and before the first
-    step, where the policy still is the one that sampled, the largest |rho - 1| and the mean KL to the base.
+    step, where the policy still is the one that sampled, the largest |rho - 1|, also against the rollout's
+    log-densities (rounding), and the mean KL to the base.
 
     steps: of each optimizer step its micro-batches' (..., statistics); norms: of its gradient before
     clipping; shares: its pairs, of all processes."""
@@ -131,8 +137,9 @@ def tally(steps: list, norms: list, shares: list) -> dict:
     first = [stats for *_, stats in steps[0]] if steps else []
     sums = {name: float(sum(stats[name] for stats in every)) for name in SUMS}
     sums["kl_ref_first"] = float(sum(stats["kl_ref"] for stats in first) / len(shares[0])) if shares else 0.0
-    largest = {name: float(torch.stack([stats["ratio_dev"] for stats in some]).max()) if some else 0.0
-               for name, some in (("ratio_dev_first", first), ("ratio_dev_max", every))}
+    most = lambda name, some: float(torch.stack([stats[name] for stats in some]).max()) if some else 0.0
+    largest = {"ratio_dev_first": most("ratio_dev", first), "ratio_dev_max": most("ratio_dev", every),
+               "rounding": most("rounding", first)}
     return parallel.total(sums | largest, largest=tuple(largest)) | {
         "grad_norm": float(sum(norms)) / max(1, len(shares)), "pairs": sum(map(len, shares)),
         "updates": len(shares)}
@@ -151,6 +158,7 @@ def record(*, epoch, rewards, alignment, safety, spreads, advantages, unsafe, gr
         spread_unsafe=mean(spreads[sides]), spread_benign=mean(spreads[~sides]),
         zero_std_groups=mean((advantages.view_as(groups) == 0).all(1).float()),
         ratio_dev_first=stats["ratio_dev_first"], ratio_dev_max=stats["ratio_dev_max"],
+        rounding=stats["rounding"],
         clip_frac_pos=share("clipped_positive", "positive"),
         clip_frac_neg=share("clipped_negative", "negative"),
         kl_ref_first=stats["kl_ref_first"], kl_ref=share("kl_ref", "pairs"), kl_old=share("kl_old", "pairs"),
@@ -208,8 +216,6 @@ class Log:
         self.ends.append(time.perf_counter())
         each = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)  # grids and checkpoints included
         more = max(0, self.epochs - 1 - figures["epoch"])
-        if more and len(self.ends) == 2:
-            tqdm.write(f"time     {duration(each)} a rollout, {duration(each * more)} for the {more} to come")
         tqdm.write(line_of(figures, each * more))
         for text in self.note(figures):
             tqdm.write(f"warning: {text}")
@@ -227,7 +233,7 @@ def warnings(history: list, clip_range: float) -> dict:
         found["rounding"] = (
             f"before any update the ratio is off by {last['ratio_dev_first']:.2g}, which is rounding, and "
             f"the clip range is {clip_range:g}: give --sample-batch and --micro-batch one value, that "
-            "divides both pictures and transitions, or raise --clip-range")
+            "divides both pictures and transitions (in float32), or raise --clip-range")
     if last["kl_ref"] > KL_BOUND:
         found["KL"] = (
             f"the KL to the base is {last['kl_ref']:.2g} per latent dimension, above {KL_BOUND}: the policy "

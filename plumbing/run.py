@@ -23,8 +23,9 @@ import os
 import re
 import shlex
 import shutil
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +37,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from plumbing import parallel
+from plumbing import parallel, stop
 from plumbing.card import model_card
 from plumbing.hub import PARTS
 from plumbing.models import (ADAPTERS, find, find_clip, load_pipeline, local_folder, tensor_bytes, trace,
@@ -46,9 +47,10 @@ FILES = ("flags.json", "metrics.jsonl", "curves.png", "pictures-*.png", "table.m
          "checkpoint-*", "final")
 UNET = "diffusion_pytorch_model.safetensors"
 LIBRARIES = ("torch", "diffusers", "transformers")
+SAVE_SECONDS = 1800  # the most that an error or a power cut may cost, and a rollout
 # flags that change no result, and those whose files are compared by content
 FREE = {"out", "resume", "overwrite", "keep", "save_every", "picture_every", "show_unsafe", "epochs",
-        "model", "clip", "prompts", "benign", "anchors"}
+        "dry_run", "model", "clip", "prompts", "benign", "anchors"}
 # what changes the last bits alone, or where they are the user's affair: a note, and the run goes on
 NOTED = ("flags.device", "flags.sample_batch", "flags.micro_batch", "flags.no_checkpointing", "processes",
          "versions.")
@@ -175,17 +177,18 @@ class Run:
     identity: dict
     start: str
     newest: Path | None
+    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written, or the start
 
 
 @contextmanager
 def opened(args):
     """Inside, args.out is this process's: writable, and without another run in it unless that is continued or
-    replaced. Changes nothing yet."""
+    replaced. Changes nothing yet; for --dry-run it need not exist."""
     folder = Path(args.out)
     if args.resume and not folder.is_dir():
         raise ValueError(f"--resume: there is no run at {folder}; leave --resume away to start one")
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    args.dry_run or folder.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if args.dry_run else locked(folder):
         if any(any(folder.glob(name)) for name in FILES) and not (args.resume or args.overwrite):
             raise ValueError(f"{folder} holds a run already: --resume continues it, --overwrite replaces it")
         yield folder
@@ -239,10 +242,15 @@ def begin(run: Run, parts, args) -> int:
 
 # -------------------------------------------------------------------------------- checkpoints
 
+def is_due(run: Run) -> bool:
+    """Whether a checkpoint is due by time. Process 0 alone writes, so its clock alone counts."""
+    return time.monotonic() - run.saved > SAVE_SECONDS
+
+
 def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:
-    """Write checkpoint-EPOCH, then drop the oldest beyond --keep. why: what stopped the run, if the epoch
-    that comes is the one that failed; nothing is dropped then. One that stands is left alone: it holds the
-    same. Of several processes the first alone writes. Returns its folder."""
+    """Write checkpoint-EPOCH, then drop the oldest beyond --keep, first those beside --save-every. why: what
+    stopped the run, if the epoch that comes is the one that failed; nothing is dropped then. One that stands
+    is left alone: it holds the same. Of several processes the first alone writes. Returns its folder."""
     target = run.folder / f"checkpoint-{epoch:06d}"
     if parallel.rank() or target.exists():
         return target
@@ -271,8 +279,11 @@ def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:
     # Adam's two moments, and what is learnt, once more where it is an average
     needed = tensor_bytes(trained(parts.policy)) * (4 if parts.average else 3)
     write_folder(target, needed, fill)
+    run.saved = time.monotonic()
     if not why:
-        for old in checkpoints(run.folder)[:-args.keep]:
+        *older, _ = found = checkpoints(run.folder)
+        older.sort(key=lambda path: int(path.name[len("checkpoint-"):]) % args.save_every == 0)
+        for old in older[:max(0, len(found) - args.keep)]:
             discard(old)
     return target
 
@@ -302,14 +313,14 @@ def write_folder(target: Path, needed: int, fill):
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise OSError(f"the disk is full: {target} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are "
-                      "free. Older checkpoints are untouched: make room, then continue with --resume")
+                      f"free. Make room, then {stop.AGAIN}")
     try:
         part.mkdir()
         fill(part)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two: torch's and safetensors' own
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{target} could not be written ({error}). Older checkpoints are untouched: make room, "
-                      "then continue with --resume") from None
+        raise OSError(f"{target} could not be written ({error}). Make room, then "
+                      f"{stop.AGAIN}") from None
     if target.exists():
         discard(target)
     part.replace(target)
@@ -368,6 +379,9 @@ def save_final(run: Run, args):
     needed = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
     write_folder(run.folder / "final", needed, fill)
     final = run.folder / "final"
+    left = [*sorted(run.folder.glob("pictures-*.png"))[-1:], run.folder / "curves.png", table]
+    print("look at  " + ", ".join(str(path) for path in left if path.is_file()))
     command = shlex.join(["python", "sample.py", "--model", str(final), "--compare", args.model,
                           "--steps", str(args.steps), "--guidance", str(args.guidance), "--prompt"])
-    print(f"{final}: open it with StableDiffusionPipeline.from_pretrained, or {command} ...")
+    print(f"{final}: open it with StableDiffusionPipeline.from_pretrained; to draw more, base below policy:\n"
+          f"{command} ...")

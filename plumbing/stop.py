@@ -21,6 +21,7 @@ from plumbing import parallel
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
            if hasattr(signal, name)]
 NAMED = 5        # transitions named in one message; more are counted
+AGAIN = "continue with --resume, or where there is no checkpoint yet start again with --overwrite"
 RECEIVED = []    # signals: the one thing here that outlives a call, as signals belong to the process
 
 
@@ -118,8 +119,7 @@ def run_script(name: str, main):
     except torch.OutOfMemoryError as error:
         sys.exit(f"{name}: the GPU's memory is full ({str(error).split('. ')[0]}). In training, lower "
                  "--sample-batch and --micro-batch, or train adapters with --lora-rank 16 (docs/speed.md has "
-                 "the peak of each), and continue with --resume: checkpoints are whole. Elsewhere, lower "
-                 "--batch")
+                 f"the peak of each), then {AGAIN}. Elsewhere, lower --batch")
     except (ValueError, OSError, NotFinite, SafetensorError) as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:  # before the first epoch or after the last, where nothing is lost

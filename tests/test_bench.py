@@ -18,6 +18,7 @@ import shapes.train
 import train
 from bench import memory, sd14, speed
 from plumbing.models import choose_device, load_clip, load_pipeline
+from views import estimate
 
 SMALL = ["--device", "cpu", "--steps", "4", "--prompts-per-rollout", "2", "--group", "2"]
 
@@ -31,7 +32,8 @@ def flags(*words):
 @pytest.mark.parametrize("words", [[], ["--lora-rank", "2"], ["--precision", "bf16"],
                                    ["--kl", "0", "--kl-benign", "0", "--guidance", "1"]])
 def test_an_epoch_makes_the_calls_that_arithmetic_asks_for(words):
-    """At full batches, and the floor replays them, one by one."""
+    """At full batches, as the estimate counts them, and the floor replays them, one by one. Under bf16 old
+    log-probabilities are computed again in one of the first share's two calls, in both of the second's."""
     args = flags("--group", "3", "--micro-batch", "4", "--sample-batch", "4", "--updates", "2", *words)
     lora, free, half = "--lora-rank" in words, "--kl" in words, "--precision" in words
     parts = speed.set_up(args)
@@ -40,8 +42,9 @@ def test_an_epoch_makes_the_calls_that_arithmetic_asks_for(words):
     speed.floor(parts, calls, lambda name: speed.recorded(parts, again[name]))
     made = Counter(name for phase in calls.values() for name, *_ in phase)
     micro = 2 + 2  # 6 pictures of 2 transitions in two shares of 6, four at a time; as many for the base
-    assert made == Counter(unet=2 * 4 + micro * (1 + lora + half), base=0 if lora or free else micro,
+    assert made == Counter(unet=2 * 4 + micro * (1 + lora) + 3 * half, base=0 if lora or free else micro,
                            vae=2, clip=1)  # the VAE takes four pictures at a time
+    assert estimate.count_calls(args) == dict(sample=8, update=4, again=3 * half, decode=2, score=1)
     assert str(again) == str(calls)  # each tensor as its shape and type
     (one, ((x, *_), _), learns), (other, ((y, *_), _), taught) = calls["sample"][0], calls["update"][0]
     assert (one, learns, other, taught) == ("unet", False, "unet", not half)

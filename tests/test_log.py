@@ -19,7 +19,7 @@ def test_record_is_computed_by_hand():
     one that taught nothing, without benign prompts: shares of nothing are 0, means of nothing None."""
     stats = dict(positive=4, clipped_positive=1, negative=8, clipped_negative=6, kl_old=0.24, kl_ref=2.4,
                  pairs=12, updates=2)
-    stats |= dict(ratio_dev_first=1e-4, ratio_dev_max=3e-3, kl_ref_first=0.1, grad_norm=0.7)
+    stats |= dict(ratio_dev_first=1e-4, ratio_dev_max=3e-3, rounding=2e-4, kl_ref_first=0.1, grad_norm=0.7)
     assert log.record(
         epoch=5, group=2, rate=1e-5, stats=stats, spreads=torch.tensor([1.0, 0.0, 0.4]),
         rewards=torch.tensor([0.1, 0.3, 0.5, 0.5, 0.2, 0.8]), alignment=torch.tensor([0.0, 0.6] * 3),
@@ -27,7 +27,8 @@ def test_record_is_computed_by_hand():
         advantages=torch.tensor([-1.0, 1, 0, 0, 0, 1])) == pytest.approx(dict(  # the last 0 is at its mean
             epoch=5, reward_mean=0.4, reward_std=(0.1 + 0.3) / 3, reward_unsafe=0.35, reward_benign=0.5,
             alignment=0.3, image_safety=0.1, image_safety_unsafe=-0.2, zero_std_groups=1 / 3, lr=1e-5,
-            spread_unsafe=0.5, spread_benign=0.4, ratio_dev_first=1e-4, ratio_dev_max=3e-3, grad_norm=0.7,
+            spread_unsafe=0.5, spread_benign=0.4, ratio_dev_first=1e-4, ratio_dev_max=3e-3, rounding=2e-4,
+            grad_norm=0.7,
             clip_frac_pos=0.25, clip_frac_neg=0.75, kl_ref_first=0.1, kl_ref=0.2, kl_old=0.02, updates=2))
     ones = torch.ones(4)
     line = log.record(epoch=0, rewards=ones, alignment=ones, safety=ones, spreads=torch.zeros(2), rate=0.1,
@@ -105,8 +106,8 @@ def test_time_left_goes_by_this_process(tmp_path, capsys, monkeypatch):
         metrics.append(figures(epoch))
     log.Log(metrics.path, 1e-4, epochs=25).append(figures(22))
     said = [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert said[:3] == ["24 min for the 24 to come", "24 min left", "15 min left"]  # mean of 60 and 20: 40 s
-    assert said[-3:] == ["60 s left", "20 s for the 2 to come", "20 s left"]
+    assert said[:2] == ["24 min left", "15 min left"]  # mean of 60 and 20: 40 s
+    assert said[-2:] == ["60 s left", "20 s left"]
 
 
 @pytest.mark.parametrize("kl, benign, said", [
@@ -119,7 +120,7 @@ def test_plan_says_what_holds_utility_and_what_memory_it_takes(kl, benign, said,
     parts = parts_for(tiny_unet(), tiny_unet(), pipe=tiny_pipe(),
                       reward=SteeringReward(tiny_clip(), (["a"], ["b"])),
                       prompts=[Prompt("gore", "violence", True), *benign])
-    log.print_plan(args, parts, 4, "")
+    log.print_plan(args, parts, "")
     plan = capsys.readouterr().out
     assert "2 prompts x 3 = 6 images" in plan and "on 24 transitions (all but the last 2" in plan
     assert said in plan and ("utility" in plan) == (not benign)

@@ -294,6 +294,21 @@ def test_a_new_run_replaces_the_old_one_and_nothing_else(quick, tmp_path):
     assert of_base(out / "base") == of_base(out / "final")
 
 
+def test_a_checkpoint_is_due_by_time_and_a_grid_early(finished, models, tmp_path, quick, monkeypatch):
+    """After every rollout, where none is to be lost. What --save-every has not asked for goes first, and nothing
+    is learnt otherwise."""
+    out, kept, grids, save = tmp_path / "run", [], [], run.save
+    monkeypatch.setattr(run, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(run, "save", lambda *given, **more: save(*given, **more) and kept.append(
+        [int(path.name[-2:]) for path in run.checkpoints(out)]))
+    monkeypatch.setattr(train, "show_run", lambda folder, done, *_: grids.append(done))
+    quick("--epochs", 11, *SHORT, "--save-every", 4, "--picture-every", 8, "--out", out)
+    assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 6], [4, 7], [4, 8], [8, 9], [8, 10], [8, 11]]
+    assert grids == [1, 2, 5, 8, 10, 11]
+    quick("--save-every", 50, "--out", tmp_path / "other")
+    assert contents(tmp_path / "other" / SECOND)[UNET] == contents(finished("average")[0] / SECOND)[UNET]
+
+
 def test_main_works_in_a_thread_and_twice(finished, begun, quick):
     """As in a notebook: no signal is heard there, and the folder is free when main has returned or raised."""
     failed = []
@@ -392,7 +407,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(where, name, fault, said, beg
     before = contents(begun / FIRST)
     with pytest.raises(OSError, match=said) as error:
         quick("--out", begun, "--resume")
-    assert f"{begun / SECOND} " in str(error.value) and "Older checkpoints are untouched" in str(error.value)
+    assert f"{begun / SECOND} " in str(error.value) and "then continue with --resume" in str(error.value)
     assert "\n" not in str(error.value) and contents(begun / FIRST) == before
     assert [path.name for path in begun.glob("checkpoint*")] == [FIRST]
 

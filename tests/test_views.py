@@ -9,7 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from started import SHORT, assert_same_run, contents, tiny
 from tiny import args_for, figures, parts_for, tiny_clip, tiny_pipe, tiny_unet
 
 import reward
@@ -26,7 +27,7 @@ import shapes.train
 import train
 from plumbing import log, models, stop
 from plumbing.prompts import Prompt, read_anchors
-from views import curves, direction, grid, table
+from views import curves, direction, estimate, grid, table
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS, UNET = ROOT / "shapes" / "weights", "unet/diffusion_pytorch_model.safetensors"
@@ -86,6 +87,8 @@ def test_a_run_leaves_a_table_curves_a_grid_and_a_pipeline(trained):
     assert plots.shape[1] == 1680 and plots[..., :3].min() == 0 and plots.max() == 255
     red = int((pictures == (255, 0, 0)).all(-1).sum())
     assert red % (4 * 2 * (128 + 2)) == 0 < red
+    assert f"look at  {out}/pictures-000002.png, {out}/curves.png, {out}/table.md\n" in printed
+    assert f"\npython sample.py --model {out}/final --compare shapes/weights" in printed
     StableDiffusionPipeline.from_pretrained(out / "final")
     before, after = load_file(WEIGHTS / UNET), load_file(out / "final" / UNET)
     moved = {name: (after[name] - before[name]).abs().max().item() for name in before}
@@ -128,6 +131,51 @@ def small_run():
         tiny_unet(1), pipe.unet, pipe=pipe, prompts=[UNSAFE, BENIGN],
         schedule=sample.ddim_schedule(pipe.scheduler, 2, 1.0),
         reward=reward.SteeringReward(tiny_clip(), (["calm"], ["gore"])))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_an_estimate_changes_nothing_and_a_dry_run_begins_nothing(precision, tmp_path, models, capsys, quick):
+    """Weights, figures and random numbers are those of a run without one; an old run stays as it was."""
+    words, out = ["--epochs", 1, "--precision", precision, *SHORT], tmp_path / "a" / "run"
+    dry = [str(word) for word in tiny(models, *words, "--dry-run", "--out")]
+    train.main([*dry, str(out)])
+    said = capsys.readouterr().out
+    assert "time  " in said and "update 1 x " in said and ("again 1 x " in said) == (precision == "bf16")
+    assert "disk  " in said and not [*tmp_path.iterdir()]
+    quick(*words, "--out", out)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train.main([*dry, str(out)])
+    before, other = contents(out), tmp_path / "other"
+    train.main([*dry, str(out), "--overwrite"])
+    assert contents(out) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "draw_grid", lambda *_: None)
+        train.main([word for word in dry if word != "--dry-run"] + [str(other)])
+    assert_same_run(out, other)
+
+
+@pytest.mark.parametrize("free, said", [(24, "card     X: 20.0 of 24.0 GiB are needed\nGPU fits --lora-rank 16 (7.6 "
+                                             "GiB), the default flags (20.8 GiB)\n"),
+                                        (12, "GiB are needed\nwarning: these flags do not fit"), (4, "nothing in")])
+def test_what_a_run_takes_is_computed_from_its_calls(free, said, monkeypatch, capsys):
+    """A rollout of 32 x 50 + 48 x 48 calls of a second, on a simulated card; Adam's moments come on top."""
+    args, parts = small_run()
+    vars(args).update(epochs=40, updates=2, precision="bf16", keep=2, lora_rank=0, ema=0, out="runs/x", steps=50,
+                      prompts_per_rollout=8, group=16, sample_batch=4, micro_batch=4)
+    parts.base, parts.pipe.unet = (SimpleNamespace(parameters=lambda: [torch.empty(int(8.6e8), device="meta")])
+                                   for _ in range(2))
+    parts.device = SimpleNamespace(type="cuda")
+    clock = SimpleNamespace(seconds=dict(sample=1, decode=0, score=0, update=2, again=1), peaks=dict(update=14))
+    moments = {"moments": 6 * 2**30, "stored latents": 0, "gradients": 2**30, "average": 0}
+    for where, name, value in ((estimate, "time_calls", clock), (log, "memory", moments),
+                               (torch.cuda, "mem_get_info", (free * 2**30, 0)),
+                               (torch.cuda, "memory_reserved", 0), (torch.cuda, "get_device_name", "X")):
+        monkeypatch.setattr(where, name, lambda *_, value=value: value)
+    estimate.show_estimate(args, parts, None)
+    printed = capsys.readouterr().out
+    assert said in printed and "warning" * (free < 20) in printed
+    assert "time     91 min a rollout, 2.5 d in all" in printed and "sample 1600 x 1 s" in printed
+    assert "update 1536 x 2 s, again 769 x 1 s" in printed and "--timestep-fraction 0.5 1.6 d, half" in printed
 
 
 def judge(images, prompts):

@@ -143,7 +143,7 @@ def draw_grid(folder: Path, done: int, parts, args, judge=None, prompts=None) ->
     drawn = torch.where(hidden, blur(drawn.flatten(0, 1)).view_as(drawn), drawn)
     by_prompt = lambda both: both.unflatten(1, (len(shown), -1)).transpose(0, 1).flatten(0, 2)
     save_grid(by_prompt(drawn), folder / f"pictures-{done:06d}.png", GRID_COLUMNS,
-              ["base", f"after {done} rollouts"] * len(shown), captions=[p.text for p in shown],
+              ["base", f"after {done} rollout{'s' * (done > 1)}"] * len(shown), captions=[p.text for p in shown],
               framed=by_prompt(framed))
     shares = framed.float().unflatten(1, (len(shown), -1)).mean(2).T.tolist()
     judged = {p.text: share for p, share in zip(shown, shares) if p.unsafe} if judge else {}
