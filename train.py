@@ -1,8 +1,7 @@
 """SafeDiffusion-R1: post-train a text-to-image diffusion model online with GRPO and a CLIP steering reward.
 
-One epoch: draw P prompts, sample G pictures of each with the policy (sample.py), score them (reward.py), turn
-scores into advantages within each prompt's group, take some clipped steps on the recorded transitions
-(grpo.py), log, save.
+One epoch: draw P prompts, sample G pictures of each (sample.py), score them (reward.py), turn scores into
+advantages within each group, take clipped steps on the recorded transitions (grpo.py), log, save.
 
 Departures from the project page and the released code of arXiv 2605.18719, with reasons in the README:
  1. exact KL to the frozen base, heavier on benign prompts; the batch's spread divides the advantages
@@ -33,7 +32,7 @@ from sample import (Rollout, autocast, ddim_mean, ddim_schedule, draw, image_gen
                     log_prob, predict_noise)
 from views.direction import carried
 from views.estimate import show_estimate
-from views.grid import EARLY, show_curves, show_grid
+from views.grid import is_due, show_curves, show_grid
 from views.table import judge_sides, show_table
 
 
@@ -260,8 +259,7 @@ def update(parts: Parts, batch: Rollout, advantages, unsafe, args, epoch: int) -
 
     The pairs are shared out among the optimizer steps, and taken in micro-batches, each weighted by its
     count, so that neither T nor the micro-batch changes the gradient. advantages, unsafe (B,): as batch's, of
-    this process's pictures; the pairs are those of all. Raises stop.NotFinite before a step that would ruin
-    the weights."""
+    this process's pictures; the pairs are those of all. Raises stop.NotFinite before a ruinous step."""
     generator = image_generator(args.seed, epoch, "transitions")
     pairs = choose_transitions(*parallel.rows(advantages), args.steps - args.skip_last,
                                args.timestep_fraction, generator)
@@ -270,7 +268,7 @@ def update(parts: Parts, batch: Rollout, advantages, unsafe, args, epoch: int) -
     own = [parallel.own(share, len(advantages)).to(parts.device).split(args.micro_batch) for share in shares]
     own = [[micro for micro in mine if len(micro)] for mine in own]
     # the first share's own forward gives logp_old; its first micro-batch is computed again to test the rest
-    again = sum(own[1:], own[0][:1]) if own and parts.dtype != torch.float32 else []
+    again = own[0][:1] + sum(own[1:], []) if own and parts.dtype != torch.float32 else []
     steps, norms = [], []  # of each optimizer step: its micro-batches, and its gradient's norm
     with tqdm(total=len(again) + sum(map(len, own)), desc="update", leave=False, disable=None) as bar:
         old = old_log_probs(parts, batch, again, args, bar)
@@ -337,7 +335,7 @@ def one_epoch(parts: Parts, args, epoch: int, phase, judge=None) -> tuple[dict, 
 def main(argv=None, judge=None, table_prompts=None):
     """Train as the flags say. judge(images (B, 3, H, W) on the CPU, prompts) -> {name: float or None} over
     the pictures given, of which there may be none, is logged and shown. table_prompts: those of the grids and
-    of the table at the end. After a signal the run ends with a checkpoint and the command that continues it."""
+    the table. After a signal the run ends with a checkpoint and the command that continues it."""
     parallel.join()  # under torchrun; otherwise nothing, as all of parallel's
     args = parse_args(argv)
     print(log.heading(args.out))
@@ -371,13 +369,11 @@ def loop(this: run.Run, parts: Parts, args, judge, table_prompts):
                 figures, judged = one_epoch(parts, args, epoch, clock, judge)
                 figures |= clock.figures(args.prompts_per_rollout * args.group) | judged
                 done = epoch + 1
-                looked = done == args.epochs or done % args.picture_every == 0 or done in EARLY
-                if looked:
+                if is_due(done, args):
                     figures |= show_grid(this.folder, done, parts, args, judge, table_prompts)
                 metrics.append(figures)
-                if done == args.epochs or done % args.save_every == 0 or run.is_due(this):
-                    run.save(this, done, parts, args)
-                if looked:
+                run.save_where_due(this, done, parts, args)
+                if is_due(done, args):
                     show_curves(this.folder, args, judged)
                 stop.if_asked()
     except (stop.NotFinite, stop.Asked) as reason:

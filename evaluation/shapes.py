@@ -18,8 +18,8 @@ HELD_OUT = tuple(c for c in HARM_WORDS if c not in TRAINED_ON)
 
 
 def rows(args) -> tuple[list[Row], dict, list[str]]:
-    """At least --images pictures for each kind of prompt (harm trained on, held out, explicit with one object
-    and with two, calm, benign), spread evenly over the kind's categories and over each category's captions."""
+    """At least --images pictures for each kind of prompt (harm trained on, held out, explicit with one object,
+    with two, calm, benign), spread evenly over the kind's categories and over each category's captions."""
     if args.limit or args.prompts or args.samples > 1 or "shapes" not in args.judges:
         raise ValueError("--suite shapes has prompts and a judge of its own: use --images, and leave --limit,"
                          " --prompts, --samples and --judges away")

@@ -242,9 +242,11 @@ def begin(run: Run, parts, args) -> int:
 
 # -------------------------------------------------------------------------------- checkpoints
 
-def is_due(run: Run) -> bool:
-    """Whether a checkpoint is due by time. Process 0 alone writes, so its clock alone counts."""
-    return time.monotonic() - run.saved > SAVE_SECONDS
+def save_where_due(run: Run, epoch: int, parts, args):
+    """Save at the end, after every --save-every rollouts, and where SAVE_SECONDS have passed since the last.
+    Process 0 alone writes, so its clock alone counts."""
+    if epoch == args.epochs or epoch % args.save_every == 0 or time.monotonic() - run.saved > SAVE_SECONDS:
+        save(run, epoch, parts, args)
 
 
 def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:

@@ -149,7 +149,7 @@ def test_an_estimate_changes_nothing_and_a_dry_run_begins_nothing(precision, tmp
     train.main([*dry, str(out), "--overwrite"])
     assert contents(out) == before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "draw_grid", lambda *_: None)
+        patch.setattr(grid, "draw_grid", lambda *_: {})
         train.main([word for word in dry if word != "--dry-run"] + [str(other)])
     assert_same_run(out, other)
 
@@ -251,7 +251,7 @@ def test_a_runs_grid_has_the_base_above_the_policy_on_one_noise(show, tmp_path, 
         "my_unsafe": None if images.mean() < middle else 1.0, "my_share": 1.0})
     before, after = (whole[:16].mean((1, 2, 3)) >= middle).float().view(2, 8).mean(1).tolist()
     assert seen == {"unsafe, gore": after}
-    assert f"unsafe after 2 rollouts (base): gore {after:.0%} ({before:.0%})\n" in capsys.readouterr().out
+    assert f"unsafe after 2 (base): gore {after:.0%} ({before:.0%})\n" in capsys.readouterr().out
     (images, path, columns, rows), more = saved.call_args
     assert more["framed"].tolist() == (whole.mean((1, 2, 3)) >= middle).tolist() and more["framed"].any()
     if not show:

@@ -115,6 +115,11 @@ def draw_both(parts, prompts: list, args, key: str) -> list:
     return [base, drawn_by(parts.learnt)]
 
 
+def is_due(done: int, args) -> bool:
+    """Whether a run is looked at after so many rollouts."""
+    return done == args.epochs or done % args.picture_every == 0 or done in EARLY
+
+
 def show_grid(folder: Path, done: int, parts, args, judge=None, prompts=None) -> dict:
     """The grid of a run so far, of the run's own prompts, if none are given. With a judge, the share that it
     calls unsafe of what is learnt, of each unsafe prompt, is printed beside the base's and returned."""
@@ -143,12 +148,12 @@ def draw_grid(folder: Path, done: int, parts, args, judge=None, prompts=None) ->
     drawn = torch.where(hidden, blur(drawn.flatten(0, 1)).view_as(drawn), drawn)
     by_prompt = lambda both: both.unflatten(1, (len(shown), -1)).transpose(0, 1).flatten(0, 2)
     save_grid(by_prompt(drawn), folder / f"pictures-{done:06d}.png", GRID_COLUMNS,
-              ["base", f"after {done} rollout{'s' * (done > 1)}"] * len(shown), captions=[p.text for p in shown],
-              framed=by_prompt(framed))
+              ["base", f"after {done} rollout{'s' * (done > 1)}"] * len(shown),
+              captions=[p.text for p in shown], framed=by_prompt(framed))
     shares = framed.float().unflatten(1, (len(shown), -1)).mean(2).T.tolist()
     judged = {p.text: share for p, share in zip(shown, shares) if p.unsafe} if judge else {}
     if judged:
-        tqdm.write(f"unsafe after {done} rollouts (base): " + ", ".join(
+        tqdm.write(f"unsafe after {done} (base): " + ", ".join(
             f"{text} {after:.0%} ({base:.0%})" for text, (base, after) in judged.items()))
     return {f"unsafe, {text}": after for text, (_, after) in judged.items()}
 
