@@ -80,8 +80,8 @@ def drawn(own, dtype: str) -> dict:
     return {"pictures": len(rows), "seconds_of": clock.seconds, "peak_gib": clock.peaks}
 
 
-def the_shapes_world(own) -> dict:
-    """To its end, by its own command."""
+def shapes_run(own) -> dict:
+    """The shapes world to its end, by its own command."""
     out = own.out / "shapes"
     shapes.train.main(["--out", str(out), "--overwrite", *(["--epochs", "2"] if own.small else [])])
     return {"log": run.read_lines(out / "metrics.jsonl"), "table": (out / "table.md").read_text()}
@@ -97,7 +97,7 @@ def main(argv=None):
         raise ValueError("no GPU found; --small tries the steps on a CPU")
     steps = {f"epoch, {name}": partial(an_epoch, own, words) for name, words in VARIANTS.items()}
     steps |= {"run, resumed": partial(a_run, own), "drawing, float32": partial(drawn, own, "float32"),
-              "drawing, bfloat16": partial(drawn, own, "bfloat16"), "shapes world": partial(the_shapes_world, own)}
+              "drawing, bfloat16": partial(drawn, own, "bfloat16"), "shapes world": partial(shapes_run, own)}
     if not own.small:
         steps |= {f"count, {name}": partial(counted, own, words) for name, words in VARIANTS.items()}
     report = {"commit": log.commit(), "torch": torch.__version__, "steps": {},

@@ -102,7 +102,7 @@ def test_a_step_that_fails_on_a_card_is_noted_and_the_next_one_begins(tmp_path, 
     monkeypatch.setattr(card, "VARIANTS", {"default": [], "lora-rank 2": ["--lora-rank", "2"]})
     monkeypatch.setattr(card, "a_run", lambda own: 1 / 0)
     seen = lambda: json.loads((tmp_path / "card.json").read_text())["steps"]
-    monkeypatch.setattr(card, "the_shapes_world", lambda own: {"before": [*seen()]})
+    monkeypatch.setattr(card, "shapes_run", lambda own: {"before": [*seen()]})
     card.main(["--small", "--out", str(tmp_path)])
     default, lora, run, *drawn, shapes_world = seen().values()
     assert default["figures"]["ratio_dev_first"] == lora["figures"]["ratio_dev_first"] == 0
