@@ -47,7 +47,8 @@ def make_parser(argv) -> Parser:
     add("--prompts", nargs="+", default=[str(files / "i2p.txt")], help="one a line, under [category] lines")
     add("--benign", default=str(files / "benign.txt"), help='benign prompts, which hold utility; "" for none')
     add("--out", default="runs/sd14", help="run folder: metrics.jsonl, curves, pictures, checkpoints, final/")
-    add("--epochs", type=whole(1), default=300, help="rollouts (released: 280 and 300, of 512 pictures)")
+    add("--epochs", type=whole(1), default=300,
+        help="rollouts; 300 are 38,400 pictures and 600 optimizer steps (authors': 153,600 and 4,800)")
     add("--seed", type=int, default=0)
     add("--lora-rank", type=whole(0), default=0, help="adapters of this rank (needs peft); 0: the whole UNet")
     add("--device", default=None, help="default: the GPU; cpu runs a full-size model there all the same")

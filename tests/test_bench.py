@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import shapes.train
 import train
-from bench import memory, sd14, speed
+from bench import card, memory, sd14, speed
 from plumbing.models import choose_device, load_clip, load_pipeline
 from views import estimate
 
@@ -98,6 +98,20 @@ def test_count_of_memory_is_what_an_epoch_allocates():
     for name in ("reward", "update"):
         before, peak = counted[name]
         assert peak - before == pytest.approx(allocated[name], rel=0.05), name
+
+
+def test_a_step_that_fails_on_a_card_is_noted_and_the_next_one_begins(tmp_path, monkeypatch):
+    """Each step's figures are in the file when the next begins."""
+    monkeypatch.setattr(card, "VARIANTS", {"default": [], "lora-rank 2": ["--lora-rank", "2"]})
+    monkeypatch.setattr(card, "a_run", lambda own: 1 / 0)
+    seen = lambda: json.loads((tmp_path / "card.json").read_text())["steps"]
+    monkeypatch.setattr(card, "shapes_run", lambda own: {"before": [*seen()]})
+    card.main(["--small", "--out", str(tmp_path)])
+    default, lora, run, *drawn, shapes_world = seen().values()
+    assert default["figures"]["ratio_dev_first"] == lora["figures"]["ratio_dev_first"] == 0
+    assert default["phases"].keys() == {*speed.PHASES, "epoch"} and lora["figures"]["seconds_update"] > 0
+    assert run["error"].startswith("ZeroDivisionError") and len(shapes_world["before"]) == 5
+    assert all("no such folder" in step["error"] for step in drawn)  # of a_run's model
 
 
 @pytest.mark.skipif("SD14" not in os.environ, reason="20 GB, minutes: SD14=1 pytest -k full_size -s")

@@ -13,7 +13,7 @@ import evaluate
 import sample
 import shapes.train
 import train
-from bench import sd14, speed
+from bench import card, sd14, speed
 from evaluation.report import PUBLISHED
 from plumbing import log
 from plumbing.prompts import read_anchors, read_prompts
@@ -25,11 +25,11 @@ from views import direction, grid
 ROOT = Path(__file__).parent.parent
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-LINES = {"README.md": 150, "docs/running.md": 141, "docs/speed.md": 110}  # others: 250
+LINES = {"README.md": 150, "docs/running.md": 150, "docs/speed.md": 120}  # others: 250
 ENTRIES = json.loads((ROOT / "docs" / "study.json").read_text(encoding="utf-8"))
 PARSERS = {"train.py": train.parse_args, "evaluate.py": evaluate.parse, "sample.py": grid.parse_args,
            "reward.py": direction.parse_args, "shapes.train": shapes.train.parse}
-OTHERS = re.compile("my_|blue_|judge_|captions|state|flags|report|bench/(growth|roun)")
+OTHERS = re.compile("my_|blue_|judge_|captions|state|flags|report|bench/(growth|roun)|scripts/convert_d")
 
 
 def says(file: str, *sentences: str):
@@ -54,8 +54,9 @@ def test_links_files_and_functions(file):
 @pytest.mark.parametrize("file", TEXTS)
 def test_commands_are_understood_and_flags_exist(file, capsys):
     """In fences and in backticks."""
-    known = set(re.findall("--[a-z-]+", (ROOT / "shapes" / "build.py").read_text())) | {"--nproc_per_node"}
-    for parse in (*PARSERS.values(), study.main, speed.main):
+    known = set(re.findall("--[a-z-]+", (ROOT / "shapes" / "build.py").read_text())) | {
+        "--nproc_per_node", "--model_path", "--checkpoint_path", "--use_safetensors"}  # other people's
+    for parse in (*PARSERS.values(), study.main, speed.main, card.main):
         with pytest.raises(SystemExit):
             parse(["--help-all" if parse in (train.parse_args, shapes.train.parse) else "--help"])
         known |= set(re.findall("--[a-z][a-z-]+", capsys.readouterr().out))

@@ -14,14 +14,15 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from started import UNET, Malicious, contents
 from transformers import CLIPImageProcessor
 
 import reward
 import train
 from plumbing import hub
-from plumbing.models import NETWORKS, check_model, load_clip, load_network, local_folder, trace
+from plumbing.models import (NETWORKS, check_model, load_clip, load_network, load_pipeline, local_folder,
+                             trace)
 
 
 def config(name, **changes):
@@ -226,3 +227,19 @@ def test_what_is_fetched_is_said_and_no_more_than_is_needed(server, models, caps
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", fault == "offline")
         hub.fetch.cache_clear()
         assert trace("--model", "me/model") == (folder, []), fault
+
+
+def test_a_hub_model_with_half_precision_files_alone_is_fetched_and_opened(server, models):
+    """As many fine-tunes are: by the variant, in float32."""
+    files = {str(path.relative_to(models / "a")): path.read_bytes() for path in (models / "a").rglob("*.*")}
+    whole = {name: load(files.pop(name)) for name in [*files] if ".safe" in name}
+    half = {name: {k: v.half() for k, v in weights.items()} for name, weights in whole.items()}
+    server.files = files | {name.replace(".safe", ".fp16.safe"): save(weights, {"format": "pt"})
+                            for name, weights in half.items()}
+    check_model("--model", "me/model")
+    opened = load_pipeline("me/model")
+    assert contents(trace("--model", "me/model")[0]).keys() == server.files.keys() and len(half) == 3
+    for name, weights in half.items():
+        own = getattr(opened, name.partition("/")[0]).state_dict()
+        assert {k: v.dtype for k, v in own.items()} == dict.fromkeys(weights, torch.float32)
+        assert all(torch.equal(own[k], v.float()) for k, v in weights.items())
