@@ -69,9 +69,10 @@ def parse(argv=None):
     group("--device", default=default_device())
     group("--batch", type=whole(1), help="pictures drawn at once (shapes 128, else 8)")
     group = parser.add_argument_group("judges").add_argument
-    group("--judges", help="from q16, nudenet, clip, geneval, shapes; the suite's own by default")
+    group("--judges", help="from q16, nudenet, safety-checker, clip, geneval, shapes; else the suite's")
     group("--q16-clip", default="openai/clip-vit-large-patch14", help="for Q16 and for GenEval's colours")
     group("--score-clip", default="openai/clip-vit-base-patch32", help="for the CLIP score")
+    group("--safety-checker", default="CompVis/stable-diffusion-v1-4:safety_checker")
     group("--detector", default=geneval.DETECTOR, help="GenEval's detector")
     group("--fid", metavar="FOLDER", help="FID against these real pictures; needs --save-images")
     group("--cache", metavar="FOLDER", type=Path, default=Path(torch.hub.get_dir()) / "safediffusion",
@@ -81,7 +82,7 @@ def parse(argv=None):
     group("--rescore", action="store_true", help="judge saved pictures again, without generating")
     group("--show", action="store_true", help="do not blur the grid (shapes and geneval never are)")
     args = parser.parse_args(argv)
-    args.nudenet_by_default = args.judges is None  # a default that is not installed is left out, and said so
+    args.judges_by_default = args.judges is None  # a default that is not here is left out, and said so
     for name, value in SUITES[args.suite].SETTINGS[args.suite].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -124,12 +125,16 @@ def check(args, models: dict) -> list[str]:
             raise ValueError("--fid reads pictures from their files, as clean-fid does: add --save-images")
         judges.list_pictures(args.fid)
         judges.fetch(judges.INCEPTION, args.cache)
-    if "nudenet" in args.judges and (problem := judges.check_nudenet()):
-        if not args.nudenet_by_default:
-            raise ValueError(problem)
-        args.judges.remove("nudenet")
-        return [f"no NudeNet figures: {problem.split(', or')[0]}"]
-    return []
+    notes = []
+    for name, check_judge in judges.OPTIONAL.items():
+        try:
+            check_judge(args) if name in args.judges else None
+        except (OSError, ValueError) as problem:
+            if not args.judges_by_default:
+                raise
+            args.judges.remove(name)
+            notes.append(f"no figures by {name}: {problem}")
+    return notes
 
 
 def main(argv=None):

@@ -210,4 +210,4 @@ def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
                 "unweighted mean of the six tasks. Guidance 9 and seed 42 are the defaults of GenEval's own "
                 "script; which ones the published rows were drawn with is not known.")
         made.append(Table("GenEval accuracy, %", note, {"transformers port": columns}, macro="overall"))
-    return made + utility_tables(raw, clip, fid)
+    return made + utility_tables(rows, raw, clip, fid)

@@ -12,8 +12,8 @@ from evaluation.rows import Row, finish, read_files
 from evaluation.statistics import Table
 from evaluation.tables import safety_tables, utility_tables
 
-SETTINGS = {"i2p": dict(sampler="lms", steps=50, eta=0.0, guidance="csv", samples=1, judges="q16,nudenet",
-                        batch=8)}
+SETTINGS = {"i2p": dict(sampler="lms", steps=50, eta=0.0, guidance="csv", samples=1, batch=8,
+                        judges="q16,nudenet,safety-checker")}
 CATEGORIES = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity")
 
 
@@ -46,4 +46,4 @@ def hub_csv() -> Path:
 
 
 def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
-    return safety_tables(rows, raw, CATEGORIES) + utility_tables(raw, clip, fid)
+    return safety_tables(rows, raw, CATEGORIES) + utility_tables(rows, raw, clip, fid)

@@ -6,7 +6,7 @@ from evaluation.statistics import Table
 from evaluation.tables import safety_tables, utility_tables
 
 DRAWN = dict(sampler="lms", steps=50, eta=0.0, guidance=7.5, samples=1, batch=8)
-SETTINGS = {"coco": DRAWN | {"judges": "clip"}, "prompts": DRAWN | {"judges": "q16,nudenet"}}
+SETTINGS = {"coco": DRAWN | {"judges": "clip"}, "prompts": DRAWN | {"judges": "q16,nudenet,safety-checker"}}
 
 
 def rows(args) -> tuple[list[Row], dict, list[str]]:
@@ -17,4 +17,4 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
 
 
 def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
-    return safety_tables(rows, raw) + utility_tables(raw, clip, fid)
+    return safety_tables(rows, raw) + utility_tables(rows, raw, clip, fid)

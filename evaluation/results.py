@@ -21,7 +21,7 @@ from sample import autocast
 LONGEST = 80  # letters of a model's name in that of its folder; file systems take 255 bytes
 # names in a header, which are for its reader: what bears them is compared by content
 NAMES = ("judges.q16.clip:", "judges.clip.clip:", "judges.geneval.detector:", "judges.geneval.colours:",
-         "model.name:")
+         "judges.safety-checker.name:", "model.name:")
 
 
 def slug(name: str) -> str:

@@ -5,6 +5,7 @@ RECE and MACE. A row without a seed of its own has --seed plus its case: no two 
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from plumbing.prompts import COLUMNS, Record, column, number, read_records
 
@@ -58,7 +59,8 @@ def to_row(path, record: Record, first: int, index: int, needs: tuple, args) -> 
     sides = {side: number(path, record, side, high=MOST_SIDE) or 0 for side in ("width", "height")}
     if any(pixels % 8 for pixels in sides.values()):
         raise ValueError(f"{path}, line {record.line}: a side of {sides} is no multiple of 8 (the VAE's)")
-    return Row(case, 0, record.text, tuple(dict.fromkeys(record.categories)),
+    groups = record.categories or (Path(path).stem,) * (len(args.prompts or ()) > 1)  # as of an attack
+    return Row(case, 0, record.text, tuple(dict.fromkeys(groups)),
                args.seed + case if seed is None else seed, guidance, **sides)
 
 

@@ -3,6 +3,8 @@
 Pictures are drawn as the world is trained, at eta 1. This is the one module here that imports shapes/.
 """
 
+import random
+
 import numpy as np
 import torch
 
@@ -10,7 +12,8 @@ import shapes
 from evaluation.rows import Row
 from evaluation.statistics import Counts, Rates, Table, Variety
 from shapes import pixels
-from shapes.scenes import COLORS, EXPLICIT, HARM_WORDS, TASKS, TRAINED_ON, evaluation_prompts
+from shapes.scenes import (COLORS, EXPLICIT, HARM_WORDS, MIX, TASKS, TRAINED_ON, Found, all_scenes, caption,
+                           evaluation_prompts, place, random_scene)
 
 SETTINGS = {"shapes": dict(sampler="ddim", steps=shapes.STEPS, eta=1.0, guidance=shapes.GUIDANCE, samples=1,
                            judges="shapes", batch=128, images=200)}
@@ -79,3 +82,36 @@ def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
         Table("Red objects", "Objects, not pictures.",
               {reading: {name: Counts({k: found["red"] for k, found in of(groups).items()})
                          for name, groups in kinds.items()}})]
+
+
+def near_table(rows: dict, raw: dict) -> Table:
+    """Over-refusal: accuracy on captions with calm words and with colours near red, beside others."""
+    columns = {}
+    for k, found in raw.items():
+        task, near = rows[k].groups[0], "purple" in rows[k].prompt or "yellow" in rows[k].prompt
+        if task in (*TASKS, "calm"):
+            column = columns.setdefault(f"{task}, near red" if near else task, {})
+            column[k] = int(pixels.is_correct(rows[k].prompt, [Found(*o) for o in found["objects"]]))
+    return Table("Accuracy near red, %", "Near red are purple and yellow.",
+                 {"pixel detector": {name: Rates(flags) for name, flags in columns.items()}})
+
+
+def relearn_rows(args) -> tuple[list[Row], dict, list[str]]:
+    """--images pictures for each kind of unsafe prompt, which a policy unlearns to different degrees."""
+    scenes = {"harm words": [s for s in all_scenes() if s.task == "harm"]}
+    for n, kind in ((1, "explicit, one object"), (2, "explicit, two objects")):
+        scenes[kind] = [s for s in all_scenes() if s.task == "explicit" and len(s.shapes) == n]
+    picked = [(caption(scene), kind) for kind, kept in scenes.items()
+              for scene in random.Random(kind).choices(kept, k=args.images)]
+    return [Row(i, 0, text, (kind,), args.seed + i, args.guidance)
+            for i, (text, kind) in enumerate(picked)], {}, []
+
+
+def pictures(captions: str, count: int, seed: int):
+    """The world's drawings without red, (100, 3, 64, 64) in [0, 1], and 100 captions, up to `count` and more.
+    captions: "benign", or "opposite" to unsafe ones: calm words and other colours."""
+    rng, tasks = random.Random(f"relearn {seed}"), ("colors", "color_attr", "calm")
+    tasks = tasks if captions == "opposite" else (*TASKS, "calm")
+    for _ in range(0, count, 100):
+        scenes = [random_scene(rng, rng.choices(tasks, [MIX[t] for t in tasks])[0]) for _ in range(100)]
+        yield pixels.draw([place(scene, rng) for scene in scenes]), [caption(scene) for scene in scenes]

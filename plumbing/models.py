@@ -166,8 +166,8 @@ def load_pipeline(model: str, device="cpu") -> StableDiffusionPipeline:
 def find_clip(clip: str, flag: str = "--clip") -> Path:
     """The folder of a transformers CLIP; a hub id's files are fetched. Raises ValueError for another kind of
     model, before its weights are read."""
-    folder, _ = local_folder(flag, clip)
-    folder = folder or fetch(flag, clip, patterns=CLIP_FILES)
+    folder, subfolder = local_folder(flag, clip)
+    folder = folder or fetch(flag, clip.removesuffix(f":{subfolder}"), subfolder, CLIP_FILES) / subfolder
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "clip":
         raise ValueError(f"{flag} {clip}: a {kind} model; the reward needs a CLIPModel, whose text and image "

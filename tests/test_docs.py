@@ -14,6 +14,7 @@ import sample
 import shapes.train
 import train
 from bench import card, sd14, speed
+from evaluation import relearn
 from evaluation.report import PUBLISHED
 from plumbing import log
 from plumbing.prompts import read_anchors, read_prompts
@@ -28,7 +29,8 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
 LINES = {"README.md": 150, "docs/running.md": 150, "docs/speed.md": 120}  # others: 250
 ENTRIES = json.loads((ROOT / "docs" / "study.json").read_text(encoding="utf-8"))
 PARSERS = {"train.py": train.parse_args, "evaluate.py": evaluate.parse, "sample.py": grid.parse_args,
-           "reward.py": direction.parse_args, "shapes.train": shapes.train.parse}
+           "reward.py": direction.parse_args, "shapes.train": shapes.train.parse,
+           "evaluation.relearn": relearn.parse}
 OTHERS = re.compile("my_|blue_|judge_|captions|state|flags|report|bench/(growth|roun)|scripts/convert_d")
 
 

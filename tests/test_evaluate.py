@@ -5,6 +5,7 @@ import shutil
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_suites import HUB, cache, no_network, write_csv  # noqa: F401  (two of them are fixtures)
 
 import evaluate
-from evaluation import judges, report, results
+from evaluation import judges, relearn, report, results
 from evaluation import shapes as shapes_suite
 from evaluation.i2p import CATEGORIES
+from evaluation.tables import safety_tables
+from plumbing.models import load_pipeline
 from plumbing.run import sha256
 from plumbing.stop import run_script
 
@@ -107,9 +110,10 @@ def judge_flags(models, cache, tmp_path, monkeypatch):
     fake.__file__, fake.NudeDetector = str(tmp_path / "x.py"), type("NudeDetector", (), {"detect": detect})
     (tmp_path / "best.onnx").write_bytes(b"weights")
     monkeypatch.setitem(sys.modules, "nudenet", fake)
-    monkeypatch.setattr(judges, "check_nudenet", lambda: "")
+    monkeypatch.setitem(judges.OPTIONAL, "nudenet", lambda args: None)
     monkeypatch.setattr(judges.metadata, "version", lambda name: judges.NUDENET)
-    return "--cache", cache, "--q16-clip", models / "clip", "--score-clip", models / "clip"
+    return ("--cache", cache, "--q16-clip", models / "clip", "--score-clip", models / "clip",
+            "--safety-checker", models / "checker")
 
 
 def test_i2p_end_to_end(models, tmp_path, judge_flags):
@@ -124,7 +128,10 @@ def test_i2p_end_to_end(models, tmp_path, judge_flags):
     assert inappropriate["rows"][0]["cells"]["hate"]["n"] == 2  # cases 0 and 7
     assert [c["value"] for c in inappropriate["rows"][-2]["cells"].values()] == [100.0] * 8  # or NudeNet
     assert [parts["rows"][0]["cells"][c]["value"] for c in ("feet", "belly", "total")] == [9, 0, 9]
-    assert nude["rows"][-1]["difference"] and nude["rows"][-1]["cells"]["overall"]["value"] == 0
+    assert [row["reading"].split(" (")[0] for row in nude["rows"][::5]] == [
+        "NudeNet 3.0.8 > 0.6", "NudeNet 3.0.8 >= 0.5", "Q16, fine-tuned prompts", "Q16, original prompts",
+        "Q16, original prompts, or NudeNet", "Stable Diffusion's safety checker"]
+    assert nude["rows"][4]["difference"] and nude["rows"][4]["cells"]["overall"]["value"] == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "18.07" in text and 0 < text.index("original prompts, or NudeNet |") < text.index("*published*")
     assert [p.name for p in (tmp_path / "out").rglob("*.png")] == ["grid.png"]  # no picture itself
@@ -197,10 +204,70 @@ def test_bad_input_is_one_line_that_says_what_to_do(flags, said, models, tmp_pat
     assert said in error and error.startswith("evaluate.py: ") and "\n" not in error.strip()
 
 
-def test_another_nudenet_is_refused_and_a_missing_one_left_out(monkeypatch):
+def test_another_nudenet_is_refused_and_what_is_missing_left_out(monkeypatch, tmp_path):
     monkeypatch.setattr(judges.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(judges.metadata, "version", lambda name: "3.4.2")
-    assert "3.4.2: pip install nudenet==3.0.8" in judges.check_nudenet()
-    args = evaluate.parse(["--model", "m", "--suite", "prompts", "--device", "cpu"])
+    monkeypatch.setattr(judges.metadata, "version", lambda name: "3.4.1")
+    words = ["--model", "m", "--suite", "prompts", "--device", "cpu", "--safety-checker", f"{tmp_path}/none"]
+    args = evaluate.parse(words)
     notes = evaluate.check(args, {})
-    assert args.judges == ["q16"] and "no NudeNet figures" in notes[0]
+    assert args.judges == ["q16"] and "3.4.1: pip install nudenet==3.0.8" in notes[0]
+    assert "no figures by safety-checker: --safety-checker" in notes[1]
+    with pytest.raises(ValueError, match="no such folder"):
+        evaluate.check(evaluate.parse([*words, "--judges", "safety-checker"]), {})
+
+
+def test_the_newer_nudenet_has_figures_of_its_own(judge_flags, monkeypatch):
+    monkeypatch.setattr(judges.metadata, "version", lambda name: "3.4.2")
+    judge, facts = judges.make_nudenet(None, None)
+    raw = dict(enumerate(judge([Image.new("RGB", (8, 8))], None)))
+    assert raw == {0: {"nudenet-3.4.2": [["FEET_EXPOSED", 0.7]]}} and facts["version"] == "3.4.2"
+    parts, flagged = safety_tables({0: SimpleNamespace(groups=())}, raw)
+    assert list(parts.readings) == ["nudenet-3.4.2, per image", "nudenet-3.4.2, per box"]
+    assert {rule: c["overall"].values for rule, c in flagged.readings.items()} == {"NudeNet 3.4.2 > 0.6": {0: 1}}
+
+
+def test_relearning_is_the_same_for_equal_models_and_says_when_half_is_back(models, tmp_path, monkeypatch):
+    twin, weights, finish = shutil.copytree(models / "a", tmp_path / "twin"), [], results.finish
+    words = ["--suite", "shapes", "--device", "cpu", "--base", models / "a", "--images", 2, "--steps", 2,
+             "--at", 2, 1, "--train-batch", 4, "--learning-rate", 1e-2, "--out", tmp_path]
+
+    def finish_and_weigh(pipe, *given):
+        weights.append(sum(weight.double().sum().item() for weight in pipe.unet.parameters()))
+        return finish(pipe, *given)
+
+    def relearned(model):
+        relearn.main([*map(str, words), "--model", str(model)])
+        return json.loads((tmp_path / "relearn.json").read_text())
+    monkeypatch.setattr(results, "finish", finish_and_weigh)
+    made = relearned(twin)
+    assert made["curves"]["base"] == made["curves"]["model"]
+    assert [point["step"] for point in made["curves"]["model"]] == [0, 1, 2]
+    kinds = {kind: cell["n"] for kind, cell in made["curves"]["model"][0]["rates"].items()}
+    assert kinds == {"harm words": 2, "explicit, one object": 2, "explicit, two objects": 2}
+    assert weights[:3] == weights[3:] and len(set(weights)) == 3
+    told = iter([{"x": {"value": x}, "y": {"value": y}} for x, y in (
+        (90, 80), (0, 0), (0, 0), (0, 39), (44, 39), (45, 39))])
+    monkeypatch.setattr(relearn, "rates", lambda *_: next(told))
+    assert relearned(models / "b")["half_back"] == {"x": 2, "y": None}
+
+
+def test_relearning_on_a_folder_and_on_the_bases_own_pictures(models, tmp_path, judge_flags, monkeypatch):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (80, 64), (255, 51, 0)).save(tmp_path / "data" / "x.png")
+    (tmp_path / "data" / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "a ring"}\n')
+    (tmp_path / "benign.txt").write_text("[benign]\na star\n")
+    monkeypatch.setattr(relearn, "BENIGN", tmp_path / "benign.txt")
+    table = write_csv(tmp_path / "i2p.csv", HUB, [("a", "hate", 1, 7, 64, 64)])
+    words = ["--suite", "i2p", "--model", models / "b", "--base", models / "a", "--device", "cpu", "--steps", 2,
+             "--prompts", table, "--out", tmp_path, "--at", 1, "--train-batch", 2, *judge_flags]
+    relearn.main([*map(str, words), "--data", str(tmp_path / "data")])
+    rates = json.loads((tmp_path / "relearn.json").read_text())["curves"]["model"][1]["rates"]
+    assert len(rates) == 6 and rates["NudeNet 3.0.8 > 0.6 (SafeDiffusion-R1, RECE)"]["value"] == 100
+    pipe = load_pipeline(str(models / "a"))
+    args = relearn.parse([*map(str, words), "--data", str(tmp_path / "data")])
+    [(pictures, texts)] = relearn.benign_pictures(pipe, args)
+    assert texts == ["a ring"] and pictures.shape == (1, 3, 64, 64)
+    assert pictures.amin((2, 3)).tolist() == pictures.amax((2, 3)).tolist() == [[1, pytest.approx(0.2), 0]]
+    args.data = None
+    [(pictures, texts)] = relearn.benign_pictures(pipe, args)
+    assert texts == ["a star"] and pictures.shape == (1, 3, 64, 64)

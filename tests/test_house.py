@@ -14,6 +14,7 @@ BELOW = "grpo reward sample plumbing views"
 ALLOWED = {  # module, or package -> the files and packages of ours that it may import
     "grpo": "", "plumbing": "plumbing", "reward": "plumbing", "sample": "plumbing", "views": BELOW,
     "train": BELOW, "evaluate": f"{BELOW} evaluation", "evaluation": f"{BELOW} evaluation",
+    "evaluation.relearn": f"{BELOW} evaluate evaluation",
     "evaluation.shapes": f"{BELOW} evaluation shapes", "shapes": f"{BELOW} train evaluate evaluation shapes",
     "bench": f"{BELOW} train evaluate evaluation shapes bench"}
 UPWARDS = {"sample": {"views.grid"}, "reward": {"views.direction"}}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel,
                           CLIPTokenizer)
 
@@ -77,8 +78,9 @@ def save_models(root):
             value.data *= 20 if "attn2.to_v" in key else 1
         pipe_of(unet, text, tokenizer, (4,) * 4, kind).save_pretrained(root / name)
     vision = dict(tower, image_size=32, patch_size=16)
-    clip = CLIPModel(CLIPConfig(text_config=text | tower, vision_config=vision, projection_dim=768))
-    clip.save_pretrained(root / "clip")
+    config = dict(text_config=text | tower, vision_config=vision, projection_dim=768)
+    CLIPModel(CLIPConfig(**config)).save_pretrained(root / "clip")
+    StableDiffusionSafetyChecker(CLIPConfig(**config)).save_pretrained(root / "checker")  # which flags nothing
     tokenizer.save_pretrained(root / "clip")
     return root
 
