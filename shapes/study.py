@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 PLAN = tomllib.loads((ROOT / "shapes" / "study.toml").read_text(encoding="utf-8"))
 VARIANTS, BASES, WORLDS, MEASURES = (PLAN[name] for name in ("variants", "bases", "worlds", "measures"))
 SHORT = {name: short for name, (*_, short) in MEASURES.items() if short}
+HIDDEN = PLAN["hidden"]
 CELLS = [[sampler, guidance] for sampler in PLAN["samplers"] for guidance in PLAN["guidances"]]
 WINDOW = 5  # rollouts of a curve's running mean; one has 16 unsafe and 48 benign pictures
 
@@ -35,20 +36,24 @@ WINDOW = 5  # rollouts of a curve's running mean; one has 16 unsafe and 48 benig
 # -------------------------------------------------------------------------------- training and measuring
 
 def reports(variants, seeds=None) -> list[tuple]:
-    """(variant, seed, cell) of each report. A cell is a sampler and its guidance, which the first
-    PLAN["cell_seeds"] seeds have, or None for the training's own. A base has one seed, 0."""
+    """(variant, seed, cell) of each report. A cell is None for the training's own sampler; the first
+    PLAN["cell_seeds"] seeds have others: a sampler and its guidance, or what PLAN["hidden"] names. A base has
+    one seed, 0."""
     found = []
     for variant in variants:
         own = [0] if variant in BASES else VARIANTS[variant]["seeds"]
         for seed in own if seeds is None else [seed for seed in own if seed in seeds]:
-            in_cells = variant in PLAN["sampled"] and own.index(seed) < PLAN["cell_seeds"]
-            found += [(variant, seed, cell) for cell in (None, *(CELLS if in_cells else []))]
+            more = [*CELLS * (variant in PLAN["sampled"]), *[*HIDDEN] * (variant in PLAN["attacked"])]
+            found += [(variant, seed, cell)
+                      for cell in (None, *(more if own.index(seed) < PLAN["cell_seeds"] else []))]
     return found
 
 
 def file_of(out: Path, variant: str, seed: int, cell) -> Path:
-    name = f"report-{cell[0]}-{cell[1]}" if cell else "report"
-    return out / variant / f"seed-{seed}" / re.sub(r"[^\w.+-]+", "-", name) / "report.json"
+    name, file = f"report-{cell[0]}-{cell[1]}" if cell else "report", "report"
+    if isinstance(cell, str):
+        name, file = cell, HIDDEN[cell].split()[0].rpartition(".")[2]
+    return out / variant / f"seed-{seed}" / re.sub(r"[^\w.+-]+", "-", name) / f"{file}.json"
 
 
 def measure(out: Path, variant: str, seed: int, cell):
@@ -59,11 +64,15 @@ def measure(out: Path, variant: str, seed: int, cell):
         flags, count = VARIANTS[variant]["flags"].split(), VARIANTS[variant]["rollouts"]
         resume = ["--resume"] if (run / "flags.json").is_file() else []
         start(folder, "shapes.train", *flags, "--seed", seed, "--epochs", count, "--out", run, *resume)
-    words = ["--images", PLAN["images"]]
-    if cell:
+    program = ["evaluate", "--suite", "shapes", "--images", PLAN["cell_images" if cell else "images"]]
+    if isinstance(cell, str):
+        program = [*HIDDEN[cell].split(), "--base", BASES["base"]]
+    elif cell:
         sampler, guidance = cell
-        words = ["--images", PLAN["cell_images"], "--guidance", guidance, *PLAN["samplers"][sampler].split()]
-    start(folder, "evaluate", "--model", model, "--suite", "shapes", *words, "--out", report)
+        program += ["--guidance", guidance, *PLAN["samplers"][sampler].split()]
+    part = report.with_name(report.name + ".part")
+    start(folder, *program, "--model", model, "--out", part)
+    part.rename(report)  # whole or absent
     print(f"{variant}, seed {seed}: {report.name}", flush=True)
 
 
@@ -80,17 +89,28 @@ def start(folder: Path, module: str, *words):
 def entry_of(out: Path, variant: str, seed: int, cell) -> dict:
     """A report as a line of study.json."""
     report = json.loads(file_of(out, variant, seed, cell).read_text(encoding="utf-8"))
-    cells = {table["title"]: table["rows"][0]["cells"] for table in report["tables"]}
-    figures = {name: [round(cells[title][column][key], 3) for key in ("value", "low", "high")]
-               for name, (title, column, *_) in MEASURES.items()}
     plan = VARIANTS.get(variant, {"flags": "", "rollouts": 0})
     entry = dict(variant=variant, seed=seed, cell=cell, flags=plan["flags"], rollouts=plan["rollouts"],
-                 commit=report["provenance"]["commit"], figures=figures)
+                 commit=report.get("provenance", report)["commit"], figures=figures_of(report))
     if cell is None and variant not in BASES:
         lines = read_lines(out / variant / f"seed-{seed}" / "run" / "metrics.jsonl")
         entry["curves"] = {name: [line.get(name) and round(line[name], 3) for line in lines]
                            for name in PLAN["curves"]}
     return entry
+
+
+def figures_of(report: dict) -> dict:
+    """{measure: value, low, high} of evaluate's; of the others {model: {row: {column: value}}}."""
+    if "tables" in report:
+        cells = {table["title"]: table["rows"][0]["cells"] for table in report["tables"]}
+        return {name: [round(cells[title][column][key], 3) for key in ("value", "low", "high")]
+                for name, (title, column, *_) in MEASURES.items()}
+    if "curves" in report:  # of relearn
+        return {model: {kind: {str(point["step"]): round(point["rates"][kind]["value"], 1) for point in curve}
+                        for kind in curve[0]["rates"]} for model, curve in report["curves"].items()}
+    return {model: {"captions without a colour": {kind: round(report[model][kind]["value"], 1)
+                                                  for kind in ("plain", "words", "free")}}
+            for model in ("base", "model")}
 
 
 def collect(out: Path, file: Path) -> list[dict]:
@@ -114,8 +134,11 @@ def shown(entries: list, name: str, variant: str, cell=None) -> str:
     if variant in BASES:
         value, low, high = found[0]
         return f"{value:{style}} [{low:{style}}, {high:{style}}]"
-    values = [value for value, _, _ in found]
-    spread = f" ({min(values):{style}} to {max(values):{style}})" if len(values) > 1 else ""
+    return mean_and_range([value for value, _, _ in found], style)
+
+
+def mean_and_range(values: list, style: str = ".1f") -> str:
+    spread = f" ({min(values):{style}} to {max(values):{style}})" if max(values) > min(values) else ""
     return f"{fmean(values):{style}}{spread}"
 
 
@@ -148,12 +171,21 @@ def by_sampler(entries: list) -> str:
     return table(head, rows)
 
 
+def by_input(entries: list, cell: str) -> str:
+    """What is brought back: a row for each model and kind of prompt, a column for each step or attack."""
+    found = [entry["figures"] for entry in entries if entry["cell"] == cell]
+    rows = [[{"base": "base", "model": "after"}[model], kind,
+             *(mean_and_range([one[model][kind][column] for one in found]) for column in cells)]
+            for model in ("base", "model") for kind, cells in (found[0][model].items() if found else ())]
+    return table(["%", "", *(next(iter(found[0]["base"].values())) if found else ())], rows or [["-"]])
+
+
 def tables(entries: list) -> dict[str, str]:
     """{marker: its table}."""
     made = {name: by_measure(entries, columns, MEASURES if name == "main" else SHORT)
             for name, columns in PLAN["columns"].items()}
     return made | {name: by_variant(entries, rows) for name, rows in PLAN["rows"].items()} | {
-        "samplers": by_sampler(entries)}
+        "samplers": by_sampler(entries), **{cell: by_input(entries, cell) for cell in HIDDEN}}
 
 
 def write_tables(entries: list, file: Path):

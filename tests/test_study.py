@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
+from evaluation import relearn
 from shapes import study
 from shapes.train import parse
 
@@ -44,22 +45,32 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
                                                              for title, *_ in study.MEASURES.values()]}
     started = []
 
+    rates = {"harm words": {"value": 2.5}}
+    curves = {model: [{"step": step, "rates": rates} for step in (0, 10)] for model in ("base", "model")}
+    attacked = {kind: {"value": 50.0} for kind in ("plain", "words", "free")}
+    left = {"evaluate": ("report", report), "evaluation.relearn": ("relearn", {"curves": curves, "commit": "0"}),
+            "shapes.attack": ("attack", {"base": attacked, "model": attacked, "commit": "0"})}
+    parsers = {"evaluate": evaluate.parse, "shapes.train": parse, "evaluation.relearn": relearn.parse}
+
     def start(folder, module, *words):
         """Reads the flags as the program would, and leaves what it would leave."""
-        given = {"evaluate": evaluate.parse, "shapes.train": parse}[module]([str(word) for word in words])
-        out = Path(given.out)
+        words = [str(word) for word in words]
+        given, out = parsers.get(module, lambda _: None)(words), Path(words[words.index("--out") + 1])
         out.mkdir(parents=True, exist_ok=True)
-        if module == "evaluate":
-            (out / "report.json").write_text(json.dumps(report))
-        else:
+        if module == "shapes.train":
             line = json.dumps(dict.fromkeys(study.PLAN["curves"], 0.5)) + "\n"
             (out / "metrics.jsonl").write_text(line * given.epochs)
             (out / "flags.json").write_text("{}")
+            (out / "final").mkdir()
+        else:
+            name, content = left[module]
+            (out / f"{name}.json").write_text(json.dumps(content))
         started.append(f"{module} {getattr(given, 'epochs', '')} {getattr(given, 'resume', '')}".strip())
 
     monkeypatch.setattr(study, "start", start)
     monkeypatch.setitem(study.VARIANTS, "default", {"flags": "--kl 0.02", "rollouts": 2, "seeds": [7, 8]})
     monkeypatch.setitem(study.PLAN, "sampled", [])
+    monkeypatch.setitem(study.PLAN, "cell_seeds", 1)
     docs = tmp_path / "docs"
     docs.mkdir()
     files = docs / "shapes.md", tmp_path / "README.md"
@@ -75,17 +86,21 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert [file.read_text() for file in files] == [shown, shown]
     shutil.rmtree(tmp_path / "s" / "default" / "seed-8" / "report")
     study.main(["--list", *words])
-    assert "report/report.json\n2 reports are missing" in capsys.readouterr().out
-    (tmp_path / "s" / "default" / "seed-8" / "run" / "final").mkdir()
+    assert "report/report.json\n5 reports are missing" in capsys.readouterr().out
     study.main(words)
-    assert started[2:] == ["shapes.train 2 False", "evaluate", "evaluate"]
-    assert [entry["seed"] for entry in json.loads((docs / "study.json").read_text())] == [7, 8]
+    assert started[2:] == ["shapes.train 2 False", "evaluate", *["evaluation.relearn"] * 2, "shapes.attack",
+                           "evaluate"]
+    entries = json.loads((docs / "study.json").read_text())
+    assert [entry["seed"] for entry in entries if entry["cell"] is None] == [7, 8]
+    made = study.tables(entries)
+    assert "| after | harm words | 2.5 | 2.5 |\n" in made["relearn"] and "| 0 | 10 |" in made["opposite"]
+    assert "| base | captions without a colour | 50.0 | 50.0 | 50.0 |\n" in made["attack"]
 
 
 def test_cells_of_samplers_are_reports_of_their_own():
-    """The base and the default's first seeds are drawn with every sampler and guidance."""
+    """The base and the default's first seeds are drawn with every sampler; the latter are attacked, too."""
     found = study.reports(["base", "default"])
-    assert len({study.file_of(ROOT, *key) for key in found}) == len(found) == 13 + 3 * 13 + 7
+    assert len({study.file_of(ROOT, *key) for key in found}) == len(found) == 13 + 3 * 16 + 7
     for words in study.PLAN["samplers"].values():
         evaluate.parse(["--model", "m", "--suite", "shapes", *words.split()])
 
