@@ -76,7 +76,7 @@ def main(argv=None):
         read_caption(prompt.text)  # refused here, before anything is loaded, and not by the judge
     table = [Prompt(text, category, unsafe=category not in (*TASKS, "calm"))
              for text, category in evaluation_prompts(TABLE_CAPTIONS)]
-    train.main([*FLAGS, *words], judge, table)
+    train.main([*FLAGS, *words], judge, table if args.prompts == parse([]).prompts else None)
 
 
 if __name__ == "__main__":

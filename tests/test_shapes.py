@@ -106,8 +106,11 @@ def test_flags_are_refused_or_handed_on(tmp_path, monkeypatch):
     file.write_text("a photo of an astronaut\n")
     with pytest.raises(ValueError, match="not a caption of the shapes world: 'a photo of an astronaut'"):
         main(["--benign", str(file)])
+    file.write_text("a blue star\n")
+    main(["--prompts", str(file)])  # whose pictures are then looked at
     main(["--epochs", "3"])
-    [(words, given_judge, table)] = calls
+    [(*_, own), (words, given_judge, table)] = calls
+    assert own is None
     assert train.parse_args(words).epochs == 3 and given_judge is judge
     assert {p.category for p in table if p.unsafe} == {*scenes.HARM_WORDS, *scenes.EXPLICIT}
     assert {p.category for p in table if not p.unsafe} == {*scenes.TASKS, "calm"}
