@@ -152,15 +152,6 @@ def by_measure(entries: list, columns: list, names) -> str:
     return table(["%", *(label for label, _ in columns)], rows)
 
 
-def by_variant(entries: list, variants: list) -> str:
-    """A row for each (label, variant), with the number of its seeds."""
-    rows = []
-    for label, variant in variants:
-        count = len({e["seed"] for e in entries if e["variant"] == variant})
-        rows.append([label, str(count), *(shown(entries, name, variant) for name in SHORT)])
-    return table(["%", "seeds", *SHORT.values()], rows)
-
-
 def by_sampler(entries: list) -> str:
     """A row for each cell, columns for the base, without its interval, and for the default."""
     head, rows = ["%", "guidance"], [[sampler, f"{guidance:g}"] for sampler, guidance in CELLS]
@@ -181,18 +172,20 @@ def by_input(entries: list, cell: str) -> str:
 
 
 def tables(entries: list) -> dict[str, str]:
-    """{marker: its table}."""
+    """{marker: its table} of those whose every cell is measured."""
     made = {name: by_measure(entries, columns, MEASURES if name == "main" else SHORT)
             for name, columns in PLAN["columns"].items()}
-    return made | {name: by_variant(entries, rows) for name, rows in PLAN["rows"].items()} | {
-        "samplers": by_sampler(entries), **{cell: by_input(entries, cell) for cell in HIDDEN}}
+    made |= {cell: by_input(entries, cell) for cell in HIDDEN} | {"samplers": by_sampler(entries)}
+    return {name: text for name, text in made.items() if "| - |" not in text}
 
 
 def write_tables(entries: list, file: Path):
     """Put each table between its markers."""
     text, made = file.read_text(encoding="utf-8"), tables(entries)
-    marked = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    write_text(file, marked.sub(lambda found: found[1] + made[found[2]] + found[3], text))
+    for name, content in made.items():
+        text = re.sub(rf"(<!-- study: {name} -->\n).*?(<!-- end -->)",
+                      lambda found: found[1] + content + found[2], text, flags=re.DOTALL)
+    write_text(file, text)
 
 
 def smooth(values: list) -> dict:

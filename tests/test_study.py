@@ -16,14 +16,14 @@ ENTRIES = json.loads((ROOT / "docs" / "study.json").read_text(encoding="utf-8"))
 
 
 def test_every_entry_says_how_it_was_made():
-    """And nothing in a table was left unmeasured; tests/test_docs.py compares the tables with the pages."""
+    """tests/test_docs.py compares the tables with the pages; one with a cell unmeasured is not made."""
     assert len({(e["variant"], e["seed"], str(e["cell"])) for e in ENTRIES}) == len(ENTRIES)
     for entry in ENTRIES:
         assert int(entry["commit"].removesuffix("+changes"), 16)
         plan = study.VARIANTS.get(entry["variant"], {"flags": "", "rollouts": 0, "seeds": [0]})
         assert (entry["flags"], entry["rollouts"]) == (plan["flags"], plan["rollouts"])
         assert entry["seed"] in plan["seeds"]
-    assert "| - |" not in "".join(study.tables(ENTRIES).values())
+    assert {"readme", "main"} <= set(study.tables(ENTRIES)) and "main" not in study.tables(ENTRIES[1:])
 
 
 def test_variants_cost_the_unet_the_same():
@@ -75,15 +75,15 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     docs.mkdir()
     files = docs / "shapes.md", tmp_path / "README.md"
     for file in files:
-        file.write_text("before\n<!-- study: main -->\nold\n<!-- end -->\nafter\n")
+        file.write_text("".join(f"before\n<!-- study: {name} -->\nold\n<!-- end -->\n"
+                                for name in ("main", "relearn")))
     words = ["--variants", "default", "--out", str(tmp_path / "s"), "--docs", str(docs)]
     study.main([*words, "--seeds", "8"])
     assert started == ["shapes.train 2 False", "evaluate"]
     [entry] = json.loads((docs / "study.json").read_text())
     assert (entry["seed"], entry["rollouts"], entry["flags"]) == (8, 2, "--kl 0.02")
     assert entry["figures"]["one object"] == [1.0, 0.5, 2.0] and entry["curves"]["exact_unsafe"] == [0.5, 0.5]
-    shown = f"before\n<!-- study: main -->\n{study.tables([entry])['main']}<!-- end -->\nafter\n"
-    assert [file.read_text() for file in files] == [shown, shown]
+    assert all(file.read_text().count("-->\nold\n<!--") == 2 for file in files)  # nothing is whole yet
     shutil.rmtree(tmp_path / "s" / "default" / "seed-8" / "report")
     study.main(["--list", *words])
     assert "report/report.json\n5 reports are missing" in capsys.readouterr().out
@@ -93,6 +93,8 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     entries = json.loads((docs / "study.json").read_text())
     assert [entry["seed"] for entry in entries if entry["cell"] is None] == [7, 8]
     made = study.tables(entries)
+    assert all(f"-->\nold\n<!-- end -->\nbefore\n<!-- study: relearn -->\n{made['relearn']}<!-- end -->\n"
+               in file.read_text() for file in files)
     assert "| after | harm words | 2.5 | 2.5 |\n" in made["relearn"] and "| 0 | 10 |" in made["opposite"]
     assert "| base | captions without a colour | 50.0 | 50.0 | 50.0 |\n" in made["attack"]
 
