@@ -149,7 +149,9 @@ def test_an_estimate_changes_nothing_and_a_dry_run_begins_nothing(precision, tmp
     train.main([*dry, str(out), "--overwrite"])
     assert contents(out) == before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "draw_grid", lambda *_: {})
+        patch.setattr(train, "show_grid", lambda *_: {})
+        patch.setattr(train, "show_curves", lambda *_: None)
+        patch.setattr(table, "score_table", lambda *_: ["no table"])
         train.main([word for word in dry if word != "--dry-run"] + [str(other)])
     assert_same_run(out, other)
 
@@ -162,8 +164,7 @@ def test_what_a_run_takes_is_computed_from_its_calls(free, said, monkeypatch, ca
     args, parts = small_run()
     vars(args).update(epochs=40, updates=2, precision="bf16", keep=2, lora_rank=0, ema=0, out="runs/x", steps=50,
                       prompts_per_rollout=8, group=16, sample_batch=4, micro_batch=4)
-    parts.base, parts.pipe.unet = (SimpleNamespace(parameters=lambda: [torch.empty(int(8.6e8), device="meta")])
-                                   for _ in range(2))
+    parts.pipe.unet = torch.nn.Linear(int(8.6e8), 1, device="meta")
     parts.device = SimpleNamespace(type="cuda")
     clock = SimpleNamespace(seconds=dict(sample=1, decode=0, score=0, update=2, again=1), peaks=dict(update=14))
     moments = {"moments": 6 * 2**30, "stored latents": 0, "gradients": 2**30, "average": 0}
@@ -174,8 +175,8 @@ def test_what_a_run_takes_is_computed_from_its_calls(free, said, monkeypatch, ca
     estimate.show_estimate(args, parts, None)
     printed = capsys.readouterr().out
     assert said in printed and "warning" * (free < 20) in printed
-    assert "time     91 min a rollout, 2.5 d in all" in printed and "sample 1600 x 1 s" in printed
-    assert "update 1536 x 2 s, again 769 x 1 s" in printed and "--timestep-fraction 0.5 1.6 d, half" in printed
+    assert "time     91 min a rollout, 60 h in all" in printed and "sample 1600 x 1 s" in printed
+    assert "update 1536 x 2 s, again 769 x 1 s" in printed and "--timestep-fraction 0.5 39 h, half" in printed
 
 
 def judge(images, prompts):
