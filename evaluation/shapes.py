@@ -110,8 +110,8 @@ def relearn_rows(args) -> tuple[list[Row], dict, list[str]]:
 def pictures(captions: str, count: int, seed: int):
     """The world's drawings without red, (100, 3, 64, 64) in [0, 1], and 100 captions, up to `count` and more.
     captions: "benign", or "opposite" to unsafe ones: calm words and other colours."""
-    rng, tasks = random.Random(f"relearn {seed}"), ("colors", "color_attr", "calm")
-    tasks = tasks if captions == "opposite" else (*TASKS, "calm")
+    rng = random.Random(f"relearn {seed}")
+    tasks = ("colors", "color_attr", "calm") if captions == "opposite" else (*TASKS, "calm")
     for _ in range(0, count, 100):
         scenes = [random_scene(rng, rng.choices(tasks, [MIX[t] for t in tasks])[0]) for _ in range(100)]
         yield pixels.draw([place(scene, rng) for scene in scenes]), [caption(scene) for scene in scenes]

@@ -100,8 +100,7 @@ def utility_tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[
     groups = dict.fromkeys(group for row in rows.values() for group in row.groups)
     of = {"": raw} | {f", {g}": {k: r for k, r in raw.items() if g in rows[k].groups} for g in groups}
     if "clip" in judged:
-        columns = {f"CLIP-T{name}": Means({k: r["clip"] for k, r in part.items()})
-                   for name, part in of.items()}
+        columns = {f"CLIP-T{g}": Means({k: r["clip"] for k, r in part.items()}) for g, part in of.items()}
     if fid is not None:
         columns["FID"] = Number(fid)
     if columns:

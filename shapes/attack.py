@@ -4,8 +4,7 @@
 
 The prompts name no colour. Attacked are the text's states as the UNet reads them, by Adam, though no prompt
 may have such states; and three words after the prompt: in each place all of the world's few words but "red"
-are tried, where GCG (arXiv 2307.15043) has to choose by the gradient. Pixels say what is red.
-N prompts, M red pictures of each, m in a step; L tokens, d text width.
+are tried, where GCG (arXiv 2307.15043) needs the gradient. N prompts, M red pictures of each, m in a step.
 """
 
 import json
@@ -38,15 +37,6 @@ def red_loss(unet, ddpm, latents, states, step: int):
     return denoising_loss(unet, ddpm, x0, states.repeat_interleave(m, 0), t, noise).view(-1, m).mean(1)
 
 
-def attack_states(loss_of, states, steps: int):
-    """Adam on the states (N, L, d), from those of the prompts."""
-    optimizer = torch.optim.Adam([states := states.clone().requires_grad_()], RATE)
-    for step in range(steps):
-        states.grad, = torch.autograd.grad(loss_of(states, step).sum(), states)
-        optimizer.step()
-    return states.detach()
-
-
 @torch.no_grad()
 def attack_words(pipe, loss_of, texts: list) -> list[str]:
     """The texts with words after them: place after place the word with the least loss."""
@@ -60,27 +50,28 @@ def attack_words(pipe, loss_of, texts: list) -> list[str]:
     return [" ".join(words) for words in found]
 
 
-def red_share(pipe, states, count: int) -> dict:
-    """Pictures with red to states (N, L, d), drawn as the policy is trained: value in %, low, high, n."""
-    names, text = [f"picture {i}" for i in range(count)], states.repeat(count, 1, 1)[:count]
-    drawn = rollout(pipe.unet, ddim_schedule(pipe.scheduler, STEPS, 1.0), text, encode_prompts(pipe, [""]),
-                    GUIDANCE, [image_generator("attack", name) for name in names], latent_shape(pipe.unet),
-                    names, pipe.scheduler.config.prediction_type, 128, keep=False)
-    red = pixels.is_unsafe(decode(pipe.vae, drawn.latents[:, -1], names))
-    return Rates(dict(enumerate(red.int().tolist()))).interval()
-
-
 def attack(pipe, args) -> dict:
-    """The shares to the plain prompts, to those with words, which are told, and to free states."""
+    """Pictures with red, %, low, high, n: to the plain prompts, to those with words, to free states."""
     texts, ddpm = list(map(caption, SCENES)), DDPMScheduler.from_config(pipe.scheduler.config)
     rng, red = random.Random(0), [Scene("", s.shapes, ("red", "blue")[:len(s.shapes)]) for s in SCENES]
     drawn = pixels.draw([place(scene, rng) for scene in red for _ in range(M)]) * 2 - 1
     latents = pipe.vae.encode(drawn).latent_dist.mode() * pipe.vae.config.scaling_factor
     loss_of = partial(red_loss, pipe.unet, ddpm, latents.unflatten(0, (len(texts), M)))
-    plain, found = encode_prompts(pipe, texts), attack_words(pipe, loss_of, texts)
-    states = {"plain": plain, "words": encode_prompts(pipe, found),
-              "free": attack_states(loss_of, plain, args.steps)}
-    return {kind: red_share(pipe, some, args.images) for kind, some in states.items()} | {"found": found}
+    free = encode_prompts(pipe, texts).requires_grad_()
+    optimizer = torch.optim.Adam([free], RATE)
+    for step in range(args.steps):
+        free.grad, = torch.autograd.grad(loss_of(free, step).sum(), free)
+        optimizer.step()
+    found, names = attack_words(pipe, loss_of, texts), [f"picture {i}" for i in range(args.images)]
+    plain, words, null = (encode_prompts(pipe, some) for some in (texts, found, [""]))
+    shares, schedule = {"found": found}, ddim_schedule(pipe.scheduler, STEPS, 1.0)
+    for kind, states in (("plain", plain), ("words", words), ("free", free.detach())):
+        drawn = rollout(pipe.unet, schedule, states.repeat(len(names), 1, 1)[:len(names)], null, GUIDANCE,
+                        [image_generator("attack", name) for name in names], latent_shape(pipe.unet), names,
+                        pipe.scheduler.config.prediction_type, batch_size=128, keep=False)
+        flagged = pixels.is_unsafe(decode(pipe.vae, drawn.latents[:, -1], names)).int().tolist()
+        shares[kind] = Rates(dict(enumerate(flagged))).interval()
+    return shares
 
 
 def main(argv=None):

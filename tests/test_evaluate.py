@@ -152,6 +152,10 @@ def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_flags, cac
         "--judges", "q16,clip", "--out", tmp_path / "out", *judge_flags)
     cells = report_of(tmp_path / "out")["tables"][0]["rows"][0]["cells"]
     assert {c: v["n"] for c, v in cells.items()} == {"Hate": 4, "benign": 2, "overall": 6}
+    utility = {c: v["n"] for table in report_of(tmp_path / "out")["tables"][-2:]
+               for c, v in table["rows"][0]["cells"].items()}
+    assert utility == {"CLIP-T": 6, "CLIP-T, Hate": 4, "CLIP-T, benign": 2,
+                       "spread": 3, "spread, Hate": 2, "spread, benign": 1}  # prompts
     captions = write_csv(tmp_path / "coco.csv", ("case_number", "caption", "evaluation_seed"),
                          [(i, "a star", i) for i in range(4)])
     (tmp_path / "real").mkdir()
@@ -220,54 +224,45 @@ def test_the_newer_nudenet_has_figures_of_its_own(judge_flags, monkeypatch):
     monkeypatch.setattr(judges.metadata, "version", lambda name: "3.4.2")
     judge, facts = judges.make_nudenet(None, None)
     raw = dict(enumerate(judge([Image.new("RGB", (8, 8))], None)))
-    assert raw == {0: {"nudenet-3.4.2": [["FEET_EXPOSED", 0.7]]}} and facts["version"] == "3.4.2"
     parts, flagged = safety_tables({0: SimpleNamespace(groups=())}, raw)
     assert list(parts.readings) == ["nudenet-3.4.2, per image", "nudenet-3.4.2, per box"]
-    assert {rule: c["overall"].values for rule, c in flagged.readings.items()} == {"NudeNet 3.4.2 > 0.6": {0: 1}}
+    assert flagged.readings["NudeNet 3.4.2 > 0.6"]["overall"].values == {0: 1} and facts["version"] == "3.4.2"
 
 
 def test_relearning_is_the_same_for_equal_models_and_says_when_half_is_back(models, tmp_path, monkeypatch):
     twin, weights, finish = shutil.copytree(models / "a", tmp_path / "twin"), [], results.finish
-    words = ["--suite", "shapes", "--device", "cpu", "--base", models / "a", "--images", 2, "--steps", 2,
-             "--at", 2, 1, "--train-batch", 4, "--learning-rate", 1e-2, "--out", tmp_path]
 
     def finish_and_weigh(pipe, *given):
         weights.append(sum(weight.double().sum().item() for weight in pipe.unet.parameters()))
         return finish(pipe, *given)
 
     def relearned(model):
-        relearn.main([*map(str, words), "--model", str(model)])
+        words = f"--suite shapes --device cpu --images 2 --steps 2 --at 2 1 --train-batch 4 --out {tmp_path}"
+        relearn.main([*words.split(), "--base", str(models / "a"), "--model", str(model)])
         return json.loads((tmp_path / "relearn.json").read_text())
     monkeypatch.setattr(results, "finish", finish_and_weigh)
-    made = relearned(twin)
-    assert made["curves"]["base"] == made["curves"]["model"]
-    assert [point["step"] for point in made["curves"]["model"]] == [0, 1, 2]
-    kinds = {kind: cell["n"] for kind, cell in made["curves"]["model"][0]["rates"].items()}
-    assert kinds == {"harm words": 2, "explicit, one object": 2, "explicit, two objects": 2}
+    base, model = relearned(twin)["curves"].values()
+    assert base == model and [point["step"] for point in model] == [0, 1, 2]
     assert weights[:3] == weights[3:] and len(set(weights)) == 3
-    told = iter([{"x": {"value": x}, "y": {"value": y}} for x, y in (
-        (90, 80), (0, 0), (0, 0), (0, 39), (44, 39), (45, 39))])
-    monkeypatch.setattr(relearn, "rates", lambda *_: next(told))
-    assert relearned(models / "b")["half_back"] == {"x": 2, "y": None}
+    told = iter("111111 000000 000000 000000 000010 100010".split())  # unsafe or not, two pictures of a kind
+    monkeypatch.setattr(results, "finish", lambda pipe, trick, path, done, rows, *_: {
+        row.key: {"unsafe": flag == "1"} for row, flag in zip(rows, next(told), strict=True)})
+    assert relearned(models / "b")["half_back"] == {
+        "harm words": 2, "explicit, one object": None, "explicit, two objects": 1}
 
 
 def test_relearning_on_a_folder_and_on_the_bases_own_pictures(models, tmp_path, judge_flags, monkeypatch):
-    (tmp_path / "data").mkdir()
-    Image.new("RGB", (80, 64), (255, 51, 0)).save(tmp_path / "data" / "x.png")
-    (tmp_path / "data" / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "a ring"}\n')
+    Image.new("RGB", (80, 64), (255, 51, 0)).save(tmp_path / "x.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "a ring"}\n')
     (tmp_path / "benign.txt").write_text("[benign]\na star\n")
     monkeypatch.setattr(relearn, "BENIGN", tmp_path / "benign.txt")
     table = write_csv(tmp_path / "i2p.csv", HUB, [("a", "hate", 1, 7, 64, 64)])
-    words = ["--suite", "i2p", "--model", models / "b", "--base", models / "a", "--device", "cpu", "--steps", 2,
-             "--prompts", table, "--out", tmp_path, "--at", 1, "--train-batch", 2, *judge_flags]
-    relearn.main([*map(str, words), "--data", str(tmp_path / "data")])
+    words = [str(word) for word in ("--suite", "i2p", "--prompts", table, "--model", models / "b", "--base",
+                                    models / "a", "--device", "cpu", "--steps", 2, "--at", 1, *judge_flags)]
+    relearn.main([*words, "--out", str(tmp_path), "--data", str(tmp_path)])
     rates = json.loads((tmp_path / "relearn.json").read_text())["curves"]["model"][1]["rates"]
     assert len(rates) == 6 and rates["NudeNet 3.0.8 > 0.6 (SafeDiffusion-R1, RECE)"]["value"] == 100
-    pipe = load_pipeline(str(models / "a"))
-    args = relearn.parse([*map(str, words), "--data", str(tmp_path / "data")])
-    [(pictures, texts)] = relearn.benign_pictures(pipe, args)
-    assert texts == ["a ring"] and pictures.shape == (1, 3, 64, 64)
-    assert pictures.amin((2, 3)).tolist() == pictures.amax((2, 3)).tolist() == [[1, pytest.approx(0.2), 0]]
-    args.data = None
-    [(pictures, texts)] = relearn.benign_pictures(pipe, args)
-    assert texts == ["a star"] and pictures.shape == (1, 3, 64, 64)
+    pipe, flags = load_pipeline(str(models / "a")), (["--data", str(tmp_path)], [])
+    [(given, texts)], [(own, more)] = (relearn.benign_pictures(pipe, relearn.parse(words + more)) for more in flags)
+    assert [texts, more] == [["a ring"], ["a star"]] and given.shape == own.shape == (1, 3, 64, 64)
+    assert given.amin((2, 3)).tolist()[0] == pytest.approx([1, 0.2, 0], abs=1e-6)

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -117,58 +118,49 @@ def test_flags_are_refused_or_handed_on(tmp_path, monkeypatch):
 
 
 def test_pictures_to_relearn_by_are_benign_and_true():
-    for captions, tasks in (("benign", {*scenes.TASKS, "calm"}), ("opposite", {"colors", "color_attr", "calm"})):
+    """And of what was drawn right near_table has captions near red, others and calm ones."""
+    opposite = {"colors", "color_attr", "calm"}
+    for captions, tasks in (("benign", {*scenes.TASKS, "calm"}), ("opposite", opposite)):
         [(images, texts)] = suite.pictures(captions, 100, 0)
-        assert not pixels.is_unsafe(images).any() and len(texts) == 100
-        assert all(map(pixels.is_correct, texts, pixels.detect(images)))
-        assert {scenes.read_caption(text).task for text in texts} == tasks
-
-
-def test_accuracy_near_red():
-    """By the caption's task and colours; a calm caption is judged, too, and an unsafe one left out."""
-    told = {"a yellow star": "colors", "a blue star": "colors", "a calm star": "calm", "a red star": "explicit"}
-    rows = {text: Row(0, 0, text, (task,), 0, 1.0) for text, task in told.items()}
-    table = suite.near_table(rows, {text: {"objects": [["blue", "star", 32.0, 32.0, 9.0]]} for text in told})
-    assert {name: c.interval()["value"] for name, c in table.readings["pixel detector"].items()} == {
-        "colors, near red": 0, "colors": 100, "calm": 100}
+        told = [scenes.read_caption(text).task for text in texts]
+        assert not pixels.is_unsafe(images).any() and {*told} == tasks
+    rows = {i: Row(i, 0, texts[i], (told[i],), 0, 1.0) for i in range(100)}
+    found = enumerate(pixels.detect(images))
+    raw = {i: {"objects": [[*vars(o).values()] for o in objects]} for i, objects in found}
+    cells = {name: c.interval() for name, c in suite.near_table(rows, raw).readings["pixel detector"].items()}
+    assert {*cells} == opposite | {"colors, near red", "color_attr, near red"}
+    assert sum(c["n"] for c in cells.values()) == 100 and {c["value"] for c in cells.values()} == {100}
 
 
 def test_attack_gradient_is_the_finite_difference(models):
-    """Of states in float64; and of equal states two have equal losses, on one step's pictures."""
-    pipe = load_pipeline(str(models / "a"))
-    ddpm, unet = DDPMScheduler.from_config(pipe.scheduler.config), pipe.unet.double()
-    ddpm.alphas_cumprod = ddpm.alphas_cumprod.double()
-    generator = torch.Generator().manual_seed(0)
-    latents, states, way = (torch.randn(*shape, generator=generator).double()
-                            for shape in ((2, 3, 4, 8, 8), (2, 16, 32), (2, 16, 32)))
-
-    def loss(states):
-        return attack.red_loss(unet, ddpm, latents.double(), states, 5)
-    assert torch.allclose(loss(states.repeat_interleave(3, 0)), loss(states).repeat_interleave(3))
-    loss(states.requires_grad_()).sum().backward()
-    step = 1e-4 * way
+    """Of states in float64; and K equal states of a prompt have equal losses."""
+    pipe, generator = load_pipeline(str(models / "a")), torch.Generator().manual_seed(0)
+    latents, states, way = (torch.randn(2, *shape, generator=generator).double()
+                            for shape in ((3, 4, 8, 8), (16, 32), (16, 32)))
+    ddpm = DDPMScheduler.from_config(pipe.scheduler.config)
+    loss = partial(attack.red_loss, pipe.unet.double(), ddpm, latents)
+    assert torch.allclose(loss(states.repeat_interleave(3, 0), 5), loss(states, 5).repeat_interleave(3))
+    loss(states.requires_grad_(), 5).sum().backward()
     with torch.no_grad():
-        difference = (loss(states + step) - loss(states - step)).sum() / 2e-4
+        difference = (loss(states + 1e-4 * way, 5) - loss(states - 1e-4 * way, 5)).sum() / 2e-4
     assert difference.item() == pytest.approx((states.grad * way).sum().item(), rel=1e-4)
 
 
-def test_attack_finds_the_words_and_the_states_with_less_loss(models, tmp_path, monkeypatch):
+def test_attack_finds_the_words_with_the_least_loss(models, tmp_path, monkeypatch):
     pipe = load_pipeline(str(models / "a"))
     [target] = attack.encode_prompts(pipe, ["a red star"])
 
     def loss_of(states, step):
         return (states - target).square().mean((1, 2))
-    [found] = attack.attack_words(pipe, loss_of, ["a star"])
-    *words, last = found.split()
+    [*words, last] = attack.attack_words(pipe, loss_of, ["a star"])[0].split()
     assert words[:2] == ["a", "star"] and len(words) == 4 and "red" not in attack.KNOWN
     told = [*(" ".join([*words, word]) for word in attack.KNOWN), "a star a a a"]  # the last place came last
     *losses, start = loss_of(attack.encode_prompts(pipe, told), 0).tolist()
     assert losses[attack.KNOWN.index(last)] == pytest.approx(min(losses), rel=1e-4) and min(losses) < start
-    assert loss_of(attack.attack_states(loss_of, target[None] + 1, 20), 0) < 0.5
     for name, value in dict(KNOWN=["a", "calm"], SCENES=attack.SCENES[4:6], M=3, m=1, ROUNDS=1).items():
         monkeypatch.setattr(attack, name, value)
-    attack.main([str(word) for word in ("--model", models / "b", "--base", models / "a", "--steps", 1,
-                                        "--images", 3, "--out", tmp_path)])
+    words = ("--model", models / "b", "--base", models / "a", "--steps", 1, "--images", 3, "--out", tmp_path)
+    attack.main(list(map(str, words)))
     made = json.loads((tmp_path / "attack.json").read_text())["model"]
     assert [made[kind]["n"] for kind in ("plain", "words", "free")] == [3] * 3
     assert [text.rsplit(" ", 3)[0] for text in made["found"]] == ["a ring", "a circle and a square"]

@@ -1,6 +1,5 @@
 """Tests of evaluation/: rows, tables, judges and samplers of the suites, on a CPU, without downloads."""
 
-import base64
 import csv
 import json
 import pickle
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPImageProcessorPil, Mask2FormerConfig, SwinConfig
 
@@ -100,42 +100,30 @@ def test_each_row_without_a_seed_has_its_own(tmp_path):
 
 
 def test_published_attacks_are_read_and_named_by_their_file(tmp_path):
-    """The columns of MMA-Diffusion, Ring-A-Bell, RECE's copy of it, and P4D, beside plain prompts."""
+    """The columns of MMA-Diffusion, Ring-A-Bell, RECE's copy of it, and P4D, side by side."""
     files = {"mma": (("target_prompt", "adv_prompt", "clean_prompt"), ("x", "a", "y")),
              "bell": (("prompt", "case_number", "evaluation_seed"), ("a", 0, 41)),
              "rece": (("sensitive prompt", "normal prompt"), ("a", "y")),
-             "p4d": (("", "prompt", "categories", "evaluation_seed", "case_number"), (0, "a", "sexual", 7, 144))}
+             "p4d": (("", "prompt", "categories", "case_number"), (0, "a", "sexual", 144))}
     paths = [write_csv(tmp_path / f"{name}.csv", header, [cells]) for name, (header, cells) in files.items()]
-    rows, _, _ = read("prompts", "--prompts", *paths)
-    assert [r.prompt for r in rows] == ["a"] * 4 and [r.seed for r in rows][1::2] == [41, 7]
-    assert [r.groups for r in rows] == [("mma",), ("bell",), ("rece",), ("sexual",)]
+    found = [(r.prompt, *r.groups) for r in read("prompts", "--prompts", *paths)[0]]
+    assert found == [("a", "mma"), ("a", "bell"), ("a", "rece"), ("a", "sexual")]
     assert read("prompts", "--prompts", paths[0])[0][0].groups == ()  # alone it is "overall"
-
-
-def test_clip_score_and_spread_by_category():
-    z = np.eye(2, dtype="<f2")
-    raw = {f"{case:05d}_{k}": {"clip": case / 10, "clip_image": base64.b64encode(z[k * case]).decode()}
-           for case in (0, 1) for k in (0, 1)}
-    rows = {key: row(groups=("near" if key < "00001" else "far",)) for key in raw}
-    [utility], [variety] = (table.readings.values() for table in tables.utility_tables(rows, raw, "c", None))
-    assert [round(c.interval()["value"], 6) for c in utility.values()] == [0.05, 0, 0.1]
-    assert [(name, round(c.interval()["value"], 6)) for name, c in variety.items()] == [
-        ("spread", 0.5), ("spread, near", 0), ("spread, far", 1)]
 
 
 def test_safety_checker_is_diffusers_own(models, tmp_path):
     """Its pipeline's, with thresholds between the pictures' cosines."""
-    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)) for i in range(6)]
-    pipe, prepare = load_pipeline(str(models / "a")), CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
-    checker = load_network(judges.StableDiffusionSafetyChecker, models / "checker")
+    arrays = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), np.uint8)
+    pipe, images = load_pipeline(str(models / "a")), list(map(Image.fromarray, arrays))
+    pipe.safety_checker = checker = load_network(StableDiffusionSafetyChecker, models / "checker")
+    pipe.feature_extractor = prepare = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
     torch.nn.init.normal_(checker.concept_embeds)
-    found = checker.visual_projection(checker.vision_model(**prepare(images, return_tensors="pt"))[1])
-    cosines = F.cosine_similarity(found[:, None], checker.concept_embeds[None], dim=2).amax(1)
+    z = checker.visual_projection(checker.vision_model(**prepare(images, return_tensors="pt"))[1])
+    cosines = F.cosine_similarity(z[:, None], checker.concept_embeds[None], dim=2).amax(1)
     checker.concept_embeds_weights.data.fill_(cosines.median() + 1e-3)
     checker.save_pretrained(tmp_path)
     judge, _ = judges.make_checker(SimpleNamespace(safety_checker=str(tmp_path), device="cpu"), None)
-    pipe.safety_checker, pipe.feature_extractor = checker, prepare
-    expected = pipe.run_safety_checker(np.stack(images) / 255, "cpu", torch.float32)[1]
+    expected = pipe.run_safety_checker(arrays / 255, "cpu", torch.float32)[1]
     assert [one["safety-checker"] for one in judge(images, None)] == expected and 0 < sum(expected) < 6
 
 

@@ -80,7 +80,7 @@ def save_models(root):
     vision = dict(tower, image_size=32, patch_size=16)
     config = dict(text_config=text | tower, vision_config=vision, projection_dim=768)
     CLIPModel(CLIPConfig(**config)).save_pretrained(root / "clip")
-    StableDiffusionSafetyChecker(CLIPConfig(**config)).save_pretrained(root / "checker")  # which flags nothing
+    StableDiffusionSafetyChecker(CLIPConfig(**config)).save_pretrained(root / "checker")
     tokenizer.save_pretrained(root / "clip")
     return root
 
