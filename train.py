@@ -32,7 +32,7 @@ from sample import (Rollout, autocast, ddim_mean, ddim_schedule, draw, image_gen
                     log_prob, predict_noise)
 from views.direction import carried
 from views.estimate import show_estimate
-from views.grid import is_due, show_curves, show_grid
+from views.grid import is_due, show_run
 from views.table import judge_sides, show_table
 
 
@@ -368,14 +368,11 @@ def loop(this: run.Run, parts: Parts, args, judge, table_prompts):
             for epoch in tqdm(range(done, args.epochs), "epochs", args.epochs, initial=done, disable=None):
                 clock = log.Clock(parts.device)
                 figures, judged = one_epoch(parts, args, epoch, clock, judge)
-                figures |= clock.figures(args.prompts_per_rollout * args.group) | judged
+                metrics.append(figures | clock.figures(args.prompts_per_rollout * args.group) | judged)
                 done = epoch + 1
-                if is_due(done, args):
-                    figures |= show_grid(this.folder, done, parts, args, judge, table_prompts)
-                metrics.append(figures)
                 run.save_where_due(this, done, parts, args)
                 if is_due(done, args):
-                    show_curves(this.folder, args, judged)
+                    show_run(this.folder, done, parts, args, judge, judged, table_prompts)
                 stop.if_asked()
     except (stop.NotFinite, stop.Asked) as reason:
         last = run.save(this, done, parts, args, why=str(reason))

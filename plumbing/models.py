@@ -245,13 +245,12 @@ def make_policy(unet, args, device):
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     unet.to(device, torch.float32)
     if args.lora_rank:
-        policy = base = add_adapters(to_compute_type(unet, dtype), args.lora_rank)
+        policy = base = add_adapters(to_compute_type(unet, dtype), args)
     else:
         base = to_compute_type(copy.deepcopy(unet), dtype)
-        policy = unet.requires_grad_(True)
-    for name, weight in policy.named_parameters():
-        if args.layers == "cross-attention" and ".attn2." not in name:  # diffusers' name for it
-            weight.requires_grad_(False)
+        policy = unet
+        for name, weight in policy.named_parameters():
+            weight.requires_grad_(name_of(args.layers) in name)
     if not args.no_checkpointing:
         unet.enable_gradient_checkpointing()
     if device.type == "cuda":
@@ -260,11 +259,17 @@ def make_policy(unet, args, device):
     return policy.eval(), base.eval()  # eval in rollout and in update: dropout would be part of the policy
 
 
-def add_adapters(unet, rank: int):
+def name_of(layers: str) -> str:
+    """What the names of --layers have in common: diffusers calls cross-attention attn2."""
+    return "attn2." if layers == "cross-attention" else ""
+
+
+def add_adapters(unet, args):
     """Adapters of float32 at the attention's projections of a frozen UNet, by diffusers' own method."""
     from peft import LoraConfig
+    names = [name_of(args.layers) + name for name in ("to_q", "to_k", "to_v", "to_out.0")]
     unet.requires_grad_(False).add_adapter(LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=names))
     for weight in trained(unet):
         weight.data = weight.data.float()
     return unet

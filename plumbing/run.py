@@ -43,7 +43,7 @@ from plumbing.hub import PARTS
 from plumbing.models import (ADAPTERS, find, find_clip, load_pipeline, local_folder, tensor_bytes, trace,
                              trained)
 
-FILES = ("flags.json", "metrics.jsonl", "curves.png", "pictures-*.png", "table.md", "base",
+FILES = ("flags.json", "metrics.jsonl", "curves.png", "pictures-*", "table.md", "base",
          "checkpoint-*", "final")
 UNET = "diffusion_pytorch_model.safetensors"
 LIBRARIES = ("torch", "diffusers", "transformers")

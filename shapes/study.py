@@ -93,7 +93,11 @@ def entry_of(out: Path, variant: str, seed: int, cell) -> dict:
     entry = dict(variant=variant, seed=seed, cell=cell, flags=plan["flags"], rollouts=plan["rollouts"],
                  commit=report.get("provenance", report)["commit"], figures=figures_of(report))
     if cell is None and variant not in BASES:
-        lines = read_lines(out / variant / f"seed-{seed}" / "run" / "metrics.jsonl")
+        run = out / variant / f"seed-{seed}" / "run"
+        lines = read_lines(run / "metrics.jsonl")
+        for path in run.glob("pictures-*.json"):  # of the grids: prompt -> share of base and policy
+            shown_then = json.loads(path.read_text(encoding="utf-8"))
+            lines[int(path.stem[-6:]) - 1] |= {text: after for text, (_, after) in shown_then.items()}
         entry["curves"] = {name: [line.get(name) and round(line[name], 3) for line in lines]
                            for name in PLAN["curves"]}
     return entry

@@ -45,7 +45,7 @@ def quick_main(argv):
     """train.py's main without estimate, pictures, curves, and with a table of one word: most of its time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "show_estimate", lambda *_: None)
-        patch.setattr(views.grid, "draw_grid", lambda *_: {})
+        patch.setattr(views.grid, "draw_grid", lambda *_: None)
         patch.setattr(views.grid, "draw_curves", lambda *_: None)
         patch.setattr(views.table, "score_table", lambda *_: ["no table"])
         train.main(argv)

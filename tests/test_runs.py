@@ -301,7 +301,7 @@ def test_a_checkpoint_is_due_by_time_and_a_grid_early(finished, models, tmp_path
     monkeypatch.setattr(run, "SAVE_SECONDS", 0)
     monkeypatch.setattr(run, "save", lambda *given, **more: save(*given, **more) and kept.append(
         [int(path.name[-2:]) for path in run.checkpoints(out)]))
-    monkeypatch.setattr(train, "show_grid", lambda folder, done, *_: grids.append(done) or {})
+    monkeypatch.setattr(train, "show_run", lambda folder, done, *_: grids.append(done))
     quick("--epochs", 11, *SHORT, "--save-every", 4, "--picture-every", 8, "--out", out)
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 6], [4, 7], [4, 8], [8, 9], [8, 10], [8, 11]]
     assert grids == [1, 2, 5, 8, 10, 11]

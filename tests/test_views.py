@@ -149,8 +149,7 @@ def test_an_estimate_changes_nothing_and_a_dry_run_begins_nothing(precision, tmp
     train.main([*dry, str(out), "--overwrite"])
     assert contents(out) == before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "show_grid", lambda *_: {})
-        patch.setattr(train, "show_curves", lambda *_: None)
+        patch.setattr(train, "show_run", lambda *_: None)
         patch.setattr(table, "score_table", lambda *_: ["no table"])
         train.main([word for word in dry if word != "--dry-run"] + [str(other)])
     assert_same_run(out, other)
@@ -207,8 +206,7 @@ def test_what_fails_in_drawing_is_a_note_once(what, how, left_out, tmp_path, mon
     else:
         monkeypatch.setitem(sys.modules, what, how)
     for _ in range(2):
-        grid.show_grid(tmp_path, 2, parts, args, judge)
-        grid.show_curves(tmp_path, args)
+        grid.show_run(tmp_path, 2, parts, args, judge)
         table.show_table(tmp_path, parts, None, judge, args)
     assert re.findall(r"^note: no (\S+?):? .*$", capsys.readouterr().out, re.MULTILINE) == left_out
     for name, file in (("curves.png", "curves.png"), ("grid", "pictures-000002.png"), ("table", "table.md")):
@@ -239,7 +237,7 @@ def test_curves_mark_gaps_warnings_and_a_judge(tmp_path, monkeypatch):
 @pytest.mark.parametrize("show", [False, True])
 def test_a_runs_grid_has_the_base_above_the_policy_on_one_noise(show, tmp_path, monkeypatch, capsys):
     """Prompt by prompt; the unsafe one's blurred unless they are asked for, framed by what the judge saw,
-    and what it saw of them is a figure of the log."""
+    and what it saw of them is told."""
     args, parts = small_run()
     args.show_unsafe, texts = show, [UNSAFE.text] * 8 + [BENIGN.text] * 8
     saved, streams = Mock(), lambda: [sample.image_generator(0, "grid", i) for i in range(16)]
@@ -248,10 +246,10 @@ def test_a_runs_grid_has_the_base_above_the_policy_on_one_noise(show, tmp_path, 
                     for unet in (parts.base, parts.policy))
     whole = torch.cat([base[:8], policy[:8], base[8:], policy[8:]])
     middle = whole.mean((1, 2, 3)).median() + 1e-4
-    seen = grid.draw_grid(tmp_path, 2, parts, args, lambda images, prompts: {
+    grid.draw_grid(tmp_path, 2, parts, args, lambda images, prompts: {
         "my_unsafe": None if images.mean() < middle else 1.0, "my_share": 1.0})
     before, after = (whole[:16].mean((1, 2, 3)) >= middle).float().view(2, 8).mean(1).tolist()
-    assert seen == {"unsafe, gore": after}
+    assert json.loads((tmp_path / "pictures-000002.json").read_text()) == {"gore": [before, after]}
     assert f"unsafe after 2 (base): gore {after:.0%} ({before:.0%})\n" in capsys.readouterr().out
     (images, path, columns, rows), more = saved.call_args
     assert more["framed"].tolist() == (whole.mean((1, 2, 3)) >= middle).tolist() and more["framed"].any()

@@ -1,5 +1,6 @@
 """Labelled grids of pictures: those of a run, base above policy, and sample.py's, model below model."""
 
+import json
 import math
 import textwrap
 from pathlib import Path
@@ -13,6 +14,7 @@ from plumbing import parallel
 from plumbing.flags import Parser, default_device, real, usable, whole
 from plumbing.log import heading
 from plumbing.models import check_model, load_pipeline, to_compute_type, without_adapter
+from plumbing.run import write_text
 from sample import ddim_schedule, draw, image_generator
 from views import only_shown
 from views.curves import draw_curves
@@ -120,23 +122,20 @@ def is_due(done: int, args) -> bool:
     return done == args.epochs or done % args.picture_every == 0 or done in EARLY
 
 
-def show_grid(folder: Path, done: int, parts, args, judge=None, prompts=None) -> dict:
-    """The grid of a run so far, of the run's own prompts, if none are given. With a judge, the share that it
-    calls unsafe of what is learnt, of each unsafe prompt, is printed beside the base's and returned."""
+def show_run(folder: Path, done: int, parts, args, judge=None, judged=(), prompts=None):
+    """The grid, of the run's own prompts, if none are given, and the curves of a run so far."""
+    if parallel.rank():
+        return
     with only_shown("grid of pictures"):
-        return {} if parallel.rank() else draw_grid(folder, done, parts, args, judge, prompts)
-    return {}
+        draw_grid(folder, done, parts, args, judge, prompts)
+    with only_shown("curves"):
+        draw_curves(folder, args.clip_range, judged)
 
 
-def show_curves(folder: Path, args, judged=()):
-    if not parallel.rank():
-        with only_shown("curves"):
-            draw_curves(folder, args.clip_range, judged)
-
-
-def draw_grid(folder: Path, done: int, parts, args, judge=None, prompts=None) -> dict:
+def draw_grid(folder: Path, done: int, parts, args, judge=None, prompts=None):
     """A grid of fixed prompts, half of them benign, and noise, base above policy. Pictures of unsafe prompts
-    are blurred unless --show-unsafe asks for them; those of which the judge says so have a red frame."""
+    are blurred unless --show-unsafe asks for them; those of which the judge says so have a red frame, and a
+    file beside the grid has their share of each unsafe prompt, of base and policy."""
     prompts = prompts or parts.prompts
     sides = [picture_prompts([p for p in prompts if p.unsafe == side]) for side in (True, False)]
     shown = [p for side in sides for p in side[:4 if all(sides) else 8]]
@@ -155,7 +154,7 @@ def draw_grid(folder: Path, done: int, parts, args, judge=None, prompts=None) ->
     if judged:
         tqdm.write(f"unsafe after {done} (base): " + ", ".join(
             f"{text} {after:.0%} ({base:.0%})" for text, (base, after) in judged.items()))
-    return {f"unsafe, {text}": after for text, (_, after) in judged.items()}
+        write_text(folder / f"pictures-{done:06d}.json", json.dumps(judged))
 
 
 def looks_unsafe(judge, image, prompt) -> bool:
