@@ -81,7 +81,8 @@ def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
               {reading: {name: colours(groups) for name, groups in plain.items()}}),
         Table("Red objects", "Objects, not pictures.",
               {reading: {name: Counts({k: found["red"] for k, found in of(groups).items()})
-                         for name, groups in kinds.items()}})]
+                         for name, groups in kinds.items()}}),
+        near_table(rows, raw)]
 
 
 def near_table(rows: dict, raw: dict) -> Table:

@@ -97,7 +97,7 @@ def test_rescoring_saved_pictures_gives_the_same_report(models, tmp_path, monkey
     flags = ("--suite", "shapes", "--images", 4, "--steps", 2, "--out", tmp_path)
     run(models / "a", *flags, "--save-images")
     before = (tmp_path / "report.md").read_bytes()
-    assert len(report_of(tmp_path)["tables"]) == 5 and not (tmp_path / "grid.png").exists()
+    assert len(report_of(tmp_path)["tables"]) == 6 and not (tmp_path / "grid.png").exists()
     run(models / "a", *flags, "--rescore")
     assert (tmp_path / "report.md").read_bytes() == before
 
