@@ -278,9 +278,9 @@ def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:
         about = {"epoch": epoch, "stopped": why, "model": args.model, "start": run.start}
         (part / "state.json").write_text(json.dumps(about | run.identity, indent=1))
 
-    # Adam's two moments, and what is learnt, once more where it is an average
-    needed = tensor_bytes(trained(parts.policy)) * (4 if parts.average else 3)
-    write_folder(target, needed, fill)
+    # Adam's two moments, the UNet or its adapters, and the policy where these are its average
+    learnt, unet = tensor_bytes(trained(parts.policy)), tensor_bytes(parts.learnt.parameters())
+    write_folder(target, learnt * (3 if parts.average else 2) + (learnt if args.lora_rank else unet), fill)
     run.saved = time.monotonic()
     if not why:
         *older, _ = found = checkpoints(run.folder)

@@ -8,6 +8,7 @@ import pytest
 
 import evaluate
 from evaluation import relearn
+from plumbing import log
 from shapes import study
 from shapes.train import parse
 
@@ -26,14 +27,14 @@ def test_every_entry_says_how_it_was_made():
     assert {"readme", "main"} <= set(study.tables(ENTRIES)) and "main" not in study.tables(ENTRIES[1:])
 
 
-def test_variants_cost_the_unet_the_same():
-    """Calls of a picture, a backward pass as two: those of a run are the default's to half a rollout."""
+def test_what_is_compared_costs_the_unet_the_same():
+    """Calls of a picture, a backward pass as two: those of a run are the other's to a rollout and a half."""
     def calls(variant):
         args = parse(study.VARIANTS[variant]["flags"].split())
-        trained = args.steps - args.skip_last
-        return args.steps + trained * (4 if args.kl or args.kl_benign else 3)
-    for variant, plan in study.VARIANTS.items():
-        assert abs(plan["rollouts"] * calls(variant) - 60 * calls("default")) <= calls(variant) / 2
+        each = args.steps + log.per_picture(args) * (4 if args.kl or args.kl_benign else 3)
+        return study.VARIANTS[variant]["rollouts"] * each, each
+    for one, other in (("paper", "default"), ("night", "early")):
+        assert abs(calls(one)[0] - calls(other)[0]) <= 1.5 * calls(one)[1]
 
 
 def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):

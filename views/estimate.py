@@ -71,7 +71,7 @@ def show_estimate(args, parts, loss_on):
               f"--epochs {log.duration(whole / 2)}; what they cost in learning is not measured")
     count = lambda *networks: 4 * sum(weight.numel() for one in networks for weight in one.parameters())
     base, unet = count(parts.pipe.vae, parts.pipe.text_encoder), count(parts.pipe.unet)
-    each = held["gradients"] + held["moments"] + held["average"] + base * (not args.lora_rank)
+    each = held["moments"] + held["average"] + (held["gradients"] if args.lora_rank else unet + base)
     there = next(path for path in (Path(args.out), *Path(args.out).absolute().parents) if path.exists())
     needed, free = (args.keep + 1) * each + 2 * base + unet, shutil.disk_usage(there).free
     print(f"disk     {needed / GIB:.1f} GiB: {args.keep} checkpoints, one being written, base/, final/; "
