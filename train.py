@@ -8,7 +8,7 @@ Departures from the project page and the released code of arXiv 2605.18719, with
  2. stored latents are float32: what is scored is what is trained on, so the ratio of the first update is 1
  3. the last two transitions are left out: at T = 50 one of them carries half of the gradient's variance
  4. P = 8 prompts and 2 updates per rollout, for one GPU
- 5. under bf16 the update computes the old log-probabilities in its own batches: others round otherwise
+ 5. under bf16 the update computes the old log-probabilities in its own batches, as others round otherwise
 
     python train.py --prompts prompts/i2p.txt --out runs/sd14      # SD v1.4, on one GPU
     python -m shapes.train                                         # the shapes world, minutes on a laptop

@@ -42,6 +42,8 @@ def parse(argv=None):
         parser.error(f"--data {own.data}: it has no metadata.jsonl, a line with file_name and text a picture")
     if not {*judges.OPTIONAL, "q16", "shapes"} & set(args.judges):
         parser.error(f"--judges {','.join(args.judges)}: none of them says what is unsafe")
+    if args.rescore or args.save_images or args.also or args.fid:
+        parser.error("--rescore, --save-images, --also and --fid are evaluate.py's alone")
     return args
 
 
@@ -92,8 +94,10 @@ def fine_tune(pipe, latents, texts: list, args):
 
 def main(argv=None):
     args = parse(argv)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as evaluate.py
     suite, notes = evaluate.SUITES[args.suite], evaluate.check(args, evaluate.name_models(args))
-    rows, source, _ = getattr(suite, "relearn_rows", suite.rows)(args)
+    rows, source, remarks = getattr(suite, "relearn_rows", suite.rows)(args)
+    notes += remarks
     chosen, judged = judges.make_judges(args, suite)
     facts = {**evaluate.made_with(args, source, judged), "commit": log.commit(), "notes": notes,
              "flags": {name: str(value) for name, value in vars(args).items()}, "curves": {}}
@@ -117,9 +121,10 @@ def main(argv=None):
             measured = {figure: Rates(found).interval() for figure, found in flags.items()}
             curve.append({"step": step, "rates": measured})
             facts["curves"][label] = curve
-            half = {name: cell["value"] / 2 for name, cell in facts["curves"]["base"][0]["rates"].items()}
-            facts["half_back"] = {name: min((point["step"] for point in curve if point["rates"][name]["value"]
-                                             >= rate), default=None) for name, rate in half.items()}
+            start = facts["curves"]["base"][0]["rates"]
+            facts["half_back"] = {name: min((point["step"] for point in curve if label == "model"
+                                             and point["rates"][name]["value"] >= cell["value"] / 2 > 0),
+                                            default=None) for name, cell in start.items()}
             run.write_text(args.out / "relearn.json", json.dumps(facts, indent=1))
             shown = ", ".join(f"{name} {cell['value']:.1f}" for name, cell in measured.items())
             print(f"{label}, step {step:3}, unsafe %: {shown}", flush=True)

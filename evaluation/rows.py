@@ -35,6 +35,8 @@ def read_files(paths: list, needs: tuple, args) -> tuple[list[Row], dict, list[s
     needs: which of COLUMNS a table has to have; where there are none, plain lines will do, too."""
     needs += ("guidance",) * (args.guidance == "csv")
     rows, source = [], {}
+    if len({Path(path).stem for path in paths}) < len(paths):
+        raise ValueError(f"{', '.join(map(str, paths))}: two of one name, by which they would be told apart")
     for path in paths:
         records, source[str(path)] = read_records(path)
         first = max((row.case for row in rows), default=-1) + 1

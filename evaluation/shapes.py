@@ -21,8 +21,8 @@ HELD_OUT = tuple(c for c in HARM_WORDS if c not in TRAINED_ON)
 
 
 def rows(args) -> tuple[list[Row], dict, list[str]]:
-    """At least --images pictures for each kind of prompt (harm trained on, held out, explicit with one object,
-    with two, calm, benign), spread evenly over the kind's categories and over each category's captions."""
+    """At least --images pictures for each kind of prompt (harm trained on, held out, explicit with one
+    object, with two, calm, benign), spread evenly over the kind's categories and each category's captions."""
     if args.limit or args.prompts or args.samples > 1 or "shapes" not in args.judges:
         raise ValueError("--suite shapes has prompts and a judge of its own: use --images, and leave --limit,"
                          " --prompts, --samples and --judges away")
@@ -109,7 +109,7 @@ def relearn_rows(args) -> tuple[list[Row], dict, list[str]]:
 
 
 def pictures(captions: str, count: int, seed: int):
-    """The world's drawings without red, (100, 3, 64, 64) in [0, 1], and 100 captions, up to `count` and more.
+    """The world's drawings without red, (100, 3, 64, 64) in [0, 1], and 100 captions, `count` at least.
     captions: "benign", or "opposite" to unsafe ones: calm words and other colours."""
     rng = random.Random(f"relearn {seed}")
     tasks = ("colors", "color_attr", "calm") if captions == "opposite" else (*TASKS, "calm")

@@ -278,9 +278,10 @@ def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:
         about = {"epoch": epoch, "stopped": why, "model": args.model, "start": run.start}
         (part / "state.json").write_text(json.dumps(about | run.identity, indent=1))
 
-    # Adam's two moments, the UNet or its adapters, and the policy where these are its average
-    learnt, unet = tensor_bytes(trained(parts.policy)), tensor_bytes(parts.learnt.parameters())
-    write_folder(target, learnt * (3 if parts.average else 2) + (learnt if args.lora_rank else unet), fill)
+    # Adam's two moments, the policy where an average is saved; the pipeline, or adapters
+    learnt, needed = tensor_bytes(trained(parts.policy)), tensor_bytes(parts.learnt.parameters())
+    needed += sum(path.stat().st_size for path in (run.folder / "base").rglob("*"))
+    write_folder(target, learnt * (3 if parts.average else 2) + (learnt if args.lora_rank else needed), fill)
     run.saved = time.monotonic()
     if not why:
         *older, _ = found = checkpoints(run.folder)

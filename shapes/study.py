@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 PLAN = tomllib.loads((ROOT / "shapes" / "study.toml").read_text(encoding="utf-8"))
 VARIANTS, BASES, WORLDS, MEASURES = (PLAN[name] for name in ("variants", "bases", "worlds", "measures"))
 SHORT = {name: short for name, (*_, short) in MEASURES.items() if short}
-HIDDEN = PLAN["hidden"]
+HIDDEN, ALL = PLAN["hidden"], [*BASES, *VARIANTS]
 CELLS = [[sampler, guidance] for sampler in PLAN["samplers"] for guidance in PLAN["guidances"]]
 WINDOW = 5  # rollouts of a curve's running mean; one has 16 unsafe and 48 benign pictures
 
@@ -118,9 +118,11 @@ def figures_of(report: dict) -> dict:
 
 
 def collect(out: Path, file: Path) -> list[dict]:
-    """study.json with the reports that lie in `out`, which replace older ones, one entry a line."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    made = [entry_of(out, *key) for key in reports([*BASES, *VARIANTS]) if file_of(out, *key).is_file()]
+    """study.json with the reports that lie in `out`, which replace older ones, one entry a line. What
+    study.toml has no more is dropped."""
+    known, planned = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else [], reports(ALL)
+    known = [e for e in known if (e["variant"], e["seed"], e["cell"]) in planned]
+    made = [entry_of(out, *key) for key in planned if file_of(out, *key).is_file()]
     newest = {(e["variant"], e["seed"], str(e["cell"])): e for e in known + made}
     entries = [newest[key] for key in sorted(newest)]
     write_text(file, "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
@@ -221,8 +223,7 @@ def draw_curves(figure, entries: list):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    known = [*BASES, *VARIANTS]
-    add("--variants", nargs="+", choices=known, metavar="NAME", default=known, help=f"of {', '.join(known)}")
+    add("--variants", nargs="+", choices=ALL, metavar="NAME", default=ALL, help=f"of {', '.join(ALL)}")
     add("--seeds", nargs="+", type=int, help="of those that study.toml gives a variant; default: all")
     add("--out", type=Path, default=ROOT / "runs" / "study")
     add("--docs", type=Path, default=ROOT / "docs", help="where study.json and the figures go")

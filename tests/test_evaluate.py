@@ -263,6 +263,7 @@ def test_relearning_on_a_folder_and_on_the_bases_own_pictures(models, tmp_path, 
     rates = json.loads((tmp_path / "relearn.json").read_text())["curves"]["model"][1]["rates"]
     assert len(rates) == 6 and rates["NudeNet 3.0.8 > 0.6 (SafeDiffusion-R1, RECE)"]["value"] == 100
     pipe, flags = load_pipeline(str(models / "a")), (["--data", str(tmp_path)], [])
-    [(given, texts)], [(own, more)] = (relearn.benign_pictures(pipe, relearn.parse(words + more)) for more in flags)
+    [(given, texts)], [(own, more)] = (relearn.benign_pictures(pipe, relearn.parse(words + some))
+                                       for some in flags)
     assert [texts, more] == [["a ring"], ["a star"]] and given.shape == own.shape == (1, 3, 64, 64)
     assert given.amin((2, 3)).tolist()[0] == pytest.approx([1, 0.2, 0], abs=1e-6)

@@ -295,8 +295,8 @@ def test_a_new_run_replaces_the_old_one_and_nothing_else(quick, tmp_path):
 
 
 def test_a_checkpoint_is_due_by_time_and_a_grid_early(finished, models, tmp_path, quick, monkeypatch):
-    """After every rollout, where none is to be lost. What --save-every has not asked for goes first; nothing is
-    learnt otherwise."""
+    """After every rollout, where none is to be lost. What --save-every has not asked for goes first; nothing
+    is learnt otherwise."""
     out, kept, grids, save = tmp_path / "run", [], [], run.save
     monkeypatch.setattr(run, "SAVE_SECONDS", 0)
     monkeypatch.setattr(run, "save", lambda *given, **more: save(*given, **more) and kept.append(

@@ -49,7 +49,8 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     rates = {"harm words": {"value": 2.5}}
     curves = {model: [{"step": step, "rates": rates} for step in (0, 10)] for model in ("base", "model")}
     attacked = {kind: {"value": 50.0} for kind in ("plain", "words", "free")}
-    left = {"evaluate": ("report", report), "evaluation.relearn": ("relearn", {"curves": curves, "commit": "0"}),
+    left = {"evaluate": ("report", report),
+            "evaluation.relearn": ("relearn", {"curves": curves, "commit": "0"}),
             "shapes.attack": ("attack", {"base": attacked, "model": attacked, "commit": "0"})}
     parsers = {"evaluate": evaluate.parse, "shapes.train": parse, "evaluation.relearn": relearn.parse}
 
@@ -103,7 +104,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 def test_cells_of_samplers_are_reports_of_their_own():
     """The base and the default's first seeds are drawn with every sampler; the latter are attacked, too."""
     found = study.reports(["base", "default"])
-    assert len({study.file_of(ROOT, *key) for key in found}) == len(found) == 13 + 3 * 16 + 7
+    assert len({study.file_of(ROOT, *key) for key in found}) == len(found) == 9 + 3 * 12 + 7
     for words in study.PLAN["samplers"].values():
         evaluate.parse(["--model", "m", "--suite", "shapes", *words.split()])
 

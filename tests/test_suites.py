@@ -109,6 +109,8 @@ def test_published_attacks_are_read_and_named_by_their_file(tmp_path):
     found = [(r.prompt, *r.groups) for r in read("prompts", "--prompts", *paths)[0]]
     assert found == [("a", "mma"), ("a", "bell"), ("a", "rece"), ("a", "sexual")]
     assert read("prompts", "--prompts", paths[0])[0][0].groups == ()  # alone it is "overall"
+    with pytest.raises(ValueError, match="two of one name"):
+        read("prompts", "--prompts", paths[0], paths[0])
 
 
 def test_safety_checker_is_diffusers_own(models, tmp_path):

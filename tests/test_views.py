@@ -155,17 +155,20 @@ def test_an_estimate_changes_nothing_and_a_dry_run_begins_nothing(precision, tmp
     assert_same_run(out, other)
 
 
-@pytest.mark.parametrize("free, said", [(24, "card     X: 20.0 of 24.0 GiB are needed\nGPU fits --lora-rank 16 (7.6 "
-                                             "GiB), the default flags (20.8 GiB)\n"),
-                                        (12, "GiB are needed\nwarning: these flags do not fit"), (4, "nothing in")])
+@pytest.mark.parametrize("free, said", [
+    (24, "card     X: 20.0 of 24.0 GiB are needed\n"
+         "GPU fits --lora-rank 16 (7.6 GiB), the default flags (20.8 GiB)\n"),
+    (12, "GiB are needed\nwarning: these flags do not fit"), (4, "nothing in")])
 def test_what_a_run_takes_is_computed_from_its_calls(free, said, monkeypatch, capsys):
     """A rollout of 32 x 50 + 48 x 48 calls of a second, on a simulated card; Adam's moments come on top."""
     args, parts = small_run()
-    vars(args).update(epochs=40, updates=2, precision="bf16", keep=2, lora_rank=0, ema=0, out="runs/x", steps=50,
-                      prompts_per_rollout=8, group=16, sample_batch=4, micro_batch=4)
+    vars(args).update(epochs=40, updates=2, precision="bf16", keep=2, lora_rank=0, ema=0, out="runs/x",
+                      prompts_per_rollout=8, group=16, sample_batch=4, micro_batch=4, steps=50, resume=False,
+                      overwrite=False)
     parts.pipe.unet = torch.nn.Linear(int(8.6e8), 1, device="meta")
     parts.device = SimpleNamespace(type="cuda")
-    clock = SimpleNamespace(seconds=dict(sample=1, decode=0, score=0, update=2, again=1), peaks=dict(update=14))
+    seconds = dict(sample=1, decode=0, score=0, update=2, again=1)
+    clock = SimpleNamespace(seconds=seconds, peaks=dict(update=14))
     moments = {"moments": 6 * 2**30, "stored latents": 0, "gradients": 2**30, "average": 0}
     for where, name, value in ((estimate, "time_calls", clock), (log, "memory", moments),
                                (torch.cuda, "mem_get_info", (free * 2**30, 0)),
@@ -175,7 +178,7 @@ def test_what_a_run_takes_is_computed_from_its_calls(free, said, monkeypatch, ca
     printed = capsys.readouterr().out
     assert said in printed and "warning" * (free < 20) in printed
     assert "time     91 min a rollout, 60 h in all" in printed and "sample 1600 x 1 s" in printed
-    assert "update 1536 x 2 s, again 769 x 1 s" in printed and "--timestep-fraction 0.5 39 h, half" in printed
+    assert "update 1536 x 2 s, again 769 x 1 s" in printed and "half of --timestep-fraction 39 h, half" in printed
 
 
 def judge(images, prompts):

@@ -37,12 +37,12 @@ def time_calls(args, parts, loss_on) -> log.Clock:
             ("score", SCORED, lambda n: parts.reward.score(picture.expand(n, -1, -1, -1), [own] * n)),
             ("update", args.micro_batch, lambda n: loss_on(
                 parts, batch, pairs[:n], None, ones, ones > 0, args)[0].backward())):
-        dtype = torch.float32 if kind == "score" else parts.dtype
+        dtype = parts.dtype if kind in ("sample", "decode") else torch.float32  # loss_on has its own
         for n in (1, size):
             with clock(kind), torch.set_grad_enabled(kind == "update"), autocast(parts.device, dtype):
                 call(n)
             if parts.device.type == "cpu" and clock.seconds[kind] > SLOW:
-                clock.seconds[kind] *= size
+                clock.seconds[kind] *= size / n
                 break
     parts.optimizer.zero_grad(set_to_none=True)
     clock.seconds["again"] = clock.seconds["sample"] * args.micro_batch / args.sample_batch
@@ -67,7 +67,7 @@ def show_estimate(args, parts, loss_on):
     print(f"time     {log.duration(whole / args.epochs)} a rollout, {log.duration(whole)} in all, no grids: "
           + ", ".join(f"{kind} {n} x {clock.seconds[kind]:.3g} s" for kind, n in calls.items() if n))
     if whole > DAY:
-        print(f"         --timestep-fraction 0.5 {log.duration(whole - update / 2)}, half of --steps or "
+        print(f"         half of --timestep-fraction {log.duration(whole - update / 2)}, half of --steps or "
               f"--epochs {log.duration(whole / 2)}; what they cost in learning is not measured")
     count = lambda *networks: 4 * sum(weight.numel() for one in networks for weight in one.parameters())
     base, unet = count(parts.pipe.vae, parts.pipe.text_encoder), count(parts.pipe.unet)
@@ -75,7 +75,8 @@ def show_estimate(args, parts, loss_on):
     there = next(path for path in (Path(args.out), *Path(args.out).absolute().parents) if path.exists())
     needed, free = (args.keep + 1) * each + 2 * base + unet, shutil.disk_usage(there).free
     print(f"disk     {needed / GIB:.1f} GiB: {args.keep} checkpoints, one being written, base/, final/; "
-          f"free {free / GIB:.1f}" + "\nwarning: make room, or lower --keep" * (free < needed))
+          f"free {free / GIB:.1f}" + "\nwarning: make room, or lower --keep" * (
+              free < needed and not args.resume and not args.overwrite))  # which have a part of it already
     room = math.inf
     if parts.device.type == "cuda":
         room = (torch.cuda.mem_get_info(parts.device)[0] + torch.cuda.memory_reserved(parts.device)) / GIB
