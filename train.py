@@ -24,8 +24,8 @@ from tqdm import tqdm
 from grpo import gaussian_kl, group_advantages, policy_loss
 from plumbing import log, parallel, run, stop
 from plumbing.flags import Parser, folded, real, whole
-from plumbing.models import (check_model, choose_device, load_clip, load_pipeline, make_average, make_policy,
-                             note_long, to_compute_type, trained, without_adapter)
+from plumbing.models import (LAYERS, check_model, choose_device, load_clip, load_pipeline, make_average,
+                             make_policy, note_long, to_compute_type, trained, without_adapter)
 from plumbing.prompts import BENIGN, read_anchors, read_prompts
 from reward import SteeringReward, spread
 from sample import (Rollout, autocast, ddim_mean, ddim_schedule, draw, image_generator, latent_shape,
@@ -75,7 +75,7 @@ def make_parser(argv) -> Parser:
     add("--timestep-fraction", type=real("(0, 1]"), default=1.0, help="random share of each trajectory")
     add("--skip-last", type=whole(0), default=2, help="last transitions left out (README: why two)")
     add("--divisor", choices=("batch", "group"), default="batch", help="whose spread divides (code: group)")
-    add("--layers", choices=("all", "cross-attention"), default="all", help="what learns (code: all)")
+    add("--layers", choices=LAYERS, default="all", help="what learns (code: all)")
     add("--learning-rate", "--lr", type=real("(0, inf]"), default=1e-5, help="code: 1e-5")
     add("--decay-epochs", type=whole(0), default=0, metavar="N", help="rate / (1 + epoch / N); 0: constant")
     add("--weight-decay", type=real("[0, inf]"), default=1e-4, help="code: 1e-4")

@@ -27,6 +27,7 @@ CLASSES = {part: {network.__name__} for part, network in NETWORKS.items()} | {
 ADAPTERS = "pytorch_lora_weights.safetensors"  # diffusers' name; a checkpoint under --lora-rank has this file
 NAMED = 5                                      # prompts in one message
 CPU_WEIGHTS = 2**28                            # bytes of a UNet that a CPU trains in minutes; SD's are 3.4 GB
+LAYERS = {"all": "", "cross-attention": "attn2."}  # --layers: what diffusers' names of them share
 AUTOCAST = torch.nn.Linear, torch.nn.Conv2d    # whose weights autocast casts
 
 
@@ -250,7 +251,7 @@ def make_policy(unet, args, device):
         base = to_compute_type(copy.deepcopy(unet), dtype)
         policy = unet
         for name, weight in policy.named_parameters():
-            weight.requires_grad_(name_of(args.layers) in name)
+            weight.requires_grad_(LAYERS[args.layers] in name)
     if not args.no_checkpointing:
         unet.enable_gradient_checkpointing()
     if device.type == "cuda":
@@ -259,15 +260,10 @@ def make_policy(unet, args, device):
     return policy.eval(), base.eval()  # eval in rollout and in update: dropout would be part of the policy
 
 
-def name_of(layers: str) -> str:
-    """What the names of --layers have in common: diffusers calls cross-attention attn2."""
-    return "attn2." if layers == "cross-attention" else ""
-
-
 def add_adapters(unet, args):
     """Adapters of float32 at the attention's projections of a frozen UNet, by diffusers' own method."""
     from peft import LoraConfig
-    names = [name_of(args.layers) + name for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    names = [LAYERS[args.layers] + name for name in ("to_q", "to_k", "to_v", "to_out.0")]
     unet.requires_grad_(False).add_adapter(LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=names))
     for weight in trained(unet):
