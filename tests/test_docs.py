@@ -31,7 +31,8 @@ ENTRIES = json.loads((ROOT / "docs" / "study.json").read_text(encoding="utf-8"))
 PARSERS = {"train.py": train.parse_args, "evaluate.py": evaluate.parse, "sample.py": grid.parse_args,
            "reward.py": direction.parse_args, "shapes.train": shapes.train.parse,
            "evaluation.relearn": relearn.parse}
-OTHERS = re.compile("my_|blue_|judge_|captions|state|flags|report|pictures|bench/(growth|roun)|scripts/convert_d")
+OTHERS = re.compile("my_|blue_|judge_|captions|state|flags|report|pictures|bench/(growth|roun)|"
+                    "scripts/convert_d")
 
 
 def says(file: str, *sentences: str):
