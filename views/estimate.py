@@ -14,7 +14,7 @@ from plumbing import log, parallel
 from plumbing.prompts import Prompt
 from sample import DECODE_BATCH, Rollout, autocast, encode_prompts, image_generator, predict_noise
 
-SLOW = 15    # seconds of a CPU's call on one row, from which on those of a batch are computed from it
+SLOW = 2     # seconds of a CPU's call on one row, from which on those of a batch are computed from it
 SCORED = 32  # pictures that the reward gives to CLIP at once
 DAY, GIB = 86400, 2**30
 # GiB at the peak of Stable Diffusion 1.x and 2.x, by bench.memory; CUDA itself takes up to 1 more
