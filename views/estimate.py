@@ -73,8 +73,8 @@ def show_estimate(args, parts, loss_on):
     base, unet = count(parts.pipe.vae, parts.pipe.text_encoder), count(parts.pipe.unet)
     each = held["moments"] + held["average"] + (held["gradients"] if args.lora_rank else unet + base)
     there = next(path for path in (Path(args.out), *Path(args.out).absolute().parents) if path.exists())
-    needed, free = (args.keep + 1) * each + 2 * base + unet, shutil.disk_usage(there).free
-    print(f"disk     {needed / GIB:.1f} GiB: {args.keep} checkpoints, one being written, base/, final/; "
+    needed, free = base + args.keep * each + max(each, base + unet), shutil.disk_usage(there).free
+    print(f"disk     {needed / GIB:.1f} GiB: {args.keep} checkpoints, base/, and one more or final/; "
           f"free {free / GIB:.1f}" + "\nwarning: make room, or lower --keep" * (
               free < needed and not args.resume and not args.overwrite))  # which have a part of it already
     room = math.inf
