@@ -43,7 +43,8 @@ def reports(variants, seeds=None) -> list[tuple]:
     for variant in variants:
         own = [0] if variant in BASES else VARIANTS[variant]["seeds"]
         for seed in own if seeds is None else [seed for seed in own if seed in seeds]:
-            more = [*CELLS * (variant in PLAN["sampled"]), *[*HIDDEN] * (variant in PLAN["attacked"])]
+            more = [*CELLS * (variant in PLAN["sampled"]),
+                    *(cell for cell in HIDDEN if variant in PLAN["attacked"][cell])]
             found += [(variant, seed, cell)
                       for cell in (None, *(more if own.index(seed) < PLAN["cell_seeds"] else []))]
     return found
@@ -168,20 +169,30 @@ def by_sampler(entries: list) -> str:
     return table(head, rows)
 
 
-def by_input(entries: list, cell: str) -> str:
-    """What is brought back: a row for each model and kind of prompt, a column for each step or attack."""
-    found = [entry["figures"] for entry in entries if entry["cell"] == cell]
-    rows = [[{"base": "base", "model": "after"}[model], kind,
-             *(mean_and_range([one[model][kind][column] for one in found]) for column in cells)]
-            for model in ("base", "model") for kind, cells in (found[0][model].items() if found else ())]
-    return table(["%", "", *(next(iter(found[0]["base"].values())) if found else ())], rows or [["-"]])
+def by_input(entries: list, cell: str, variants: list) -> str:
+    """What is brought back: a row for each model and kind of prompt, a column for each step or attack. The
+    base is the same beside every variant."""
+    rows, head = [], ["%", ""]
+    for variant in variants:
+        plan = VARIANTS[variant]
+        label = f"`{plan['flags']}`" if plan["flags"] else f"after {plan['rollouts']} rollouts"
+        found = [e["figures"] for e in entries if (e["variant"], e["cell"]) == (variant, cell)]
+        for model in ("model",) if rows else ("base", "model"):
+            for kind, cells in found[0][model].items() if found else [("-", ())]:
+                head[2:] = head[2:] or cells
+                rows.append([model if model == "base" else label, kind,
+                             *(mean_and_range([one[model][kind][column] for one in found])
+                               for column in cells)])
+    return table(head, rows)
 
 
 def tables(entries: list) -> dict[str, str]:
     """{marker: its table} of those whose every cell is measured."""
     made = {name: by_measure(entries, columns, MEASURES if name == "main" else SHORT)
             for name, columns in PLAN["columns"].items()}
-    made |= {cell: by_input(entries, cell) for cell in HIDDEN} | {"samplers": by_sampler(entries)}
+    made |= {cell: by_input(entries, cell, ["default"]) for cell in HIDDEN}
+    made |= {"brought": by_input(entries, "relearn", PLAN["attacked"]["relearn"]),
+             "samplers": by_sampler(entries)}
     return {name: text for name, text in made.items() if "| - |" not in text}
 
 

@@ -97,7 +97,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     made = study.tables(entries)
     assert all(f"-->\nold\n<!-- end -->\nbefore\n<!-- study: relearn -->\n{made['relearn']}<!-- end -->\n"
                in file.read_text() for file in files)
-    assert "| after | harm words | 2.5 | 2.5 |\n" in made["relearn"] and "| 0 | 10 |" in made["opposite"]
+    assert "| `--kl 0.02` | harm words | 2.5 | 2.5 |\n" in made["relearn"] and "| 0 | 10 |" in made["opposite"]
     assert "| base | captions without a colour | 50.0 | 50.0 | 50.0 |\n" in made["attack"]
 
 
