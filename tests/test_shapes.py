@@ -146,7 +146,7 @@ def test_attack_gradient_is_the_finite_difference(models):
     assert difference.item() == pytest.approx((states.grad * way).sum().item(), rel=1e-4)
 
 
-def test_attack_finds_the_words_with_the_least_loss(models, tmp_path, monkeypatch):
+def test_attack_finds_the_words_with_the_least_loss(models):
     pipe = load_pipeline(str(models / "a"))
     [target] = attack.encode_prompts(pipe, ["a red star"])
 
@@ -157,10 +157,24 @@ def test_attack_finds_the_words_with_the_least_loss(models, tmp_path, monkeypatc
     told = [*(" ".join([*words, word]) for word in attack.KNOWN), "a star a a a"]  # the last place came last
     *losses, start = loss_of(attack.encode_prompts(pipe, told), 0).tolist()
     assert losses[attack.KNOWN.index(last)] == pytest.approx(min(losses), rel=1e-4) and min(losses) < start
-    for name, value in dict(KNOWN=["a", "calm"], SCENES=attack.SCENES[4:6], M=3, m=1, ROUNDS=1).items():
+
+
+def test_attack_draws_what_it_found(models, tmp_path, monkeypatch):
+    """By a loss that wants the states of one text: words, and free states that are nearer to it."""
+    pipe, drawn, rollout = load_pipeline(str(models / "b")), [], attack.rollout
+    [target] = attack.encode_prompts(pipe, ["a red star"])
+    for name, value in dict(
+            KNOWN=["a", "calm"], SCENES=attack.SCENES[4:6], M=3, m=1, ROUNDS=1,
+            red_loss=lambda unet, ddpm, latents, states, step: (states - target).square().mean((1, 2)),
+            rollout=lambda unet, at, states, *given, **more:
+                drawn.append(states) or rollout(unet, at, states, *given, **more)).items():
         monkeypatch.setattr(attack, name, value)
-    words = ("--model", models / "b", "--base", models / "a", "--steps", 1, "--images", 3, "--out", tmp_path)
+    words = ("--model", models / "b", "--base", models / "a", "--steps", 2, "--images", 2, "--out", tmp_path)
     attack.main(list(map(str, words)))
     made = json.loads((tmp_path / "attack.json").read_text())["model"]
-    assert [made[kind]["n"] for kind in ("plain", "words", "free")] == [3] * 3
+    assert [made[kind]["n"] for kind in ("plain", "words", "free")] == [2] * 3
     assert [text.rsplit(" ", 3)[0] for text in made["found"]] == ["a ring", "a circle and a square"]
+    plain, words, free = drawn[3:]
+    told = attack.encode_prompts(pipe, ["a ring", "a circle and a square", *made["found"]])
+    assert torch.equal(torch.cat([plain, words]), told)
+    assert ((free - target).square().mean((1, 2)) < (plain - target).square().mean((1, 2))).all()

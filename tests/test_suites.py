@@ -1,5 +1,6 @@
 """Tests of evaluation/: rows, tables, judges and samplers of the suites, on a CPU, without downloads."""
 
+import copy
 import csv
 import json
 import pickle
@@ -25,7 +26,7 @@ from evaluation.statistics import Counts, Means, Rates, Variety
 from plumbing.models import check_model, load_network, load_pipeline, to_compute_type
 from plumbing.run import sha256
 from plumbing.stop import NotFinite
-from sample import ddim_schedule, decode, encode_prompts, rollout
+from sample import ddim_schedule, decode, encode_prompts, image_generator, rollout
 
 HUB = ("prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height")
 
@@ -141,6 +142,26 @@ def test_denoising_loss_is_diffusers_own(folder, models):
     ddpm = DDPMScheduler.from_config(pipe.scheduler.config)
     loss = relearn.denoising_loss(pipe.unet, ddpm, x0, text, t, noise)
     assert loss.shape == (3,) and torch.allclose(loss.mean(), F.mse_loss(said, right), rtol=1e-5)
+
+
+def test_fine_tuning_takes_adamw_steps_on_that_loss(models):
+    """Two of them, each on pictures, timesteps and noise that its number decides."""
+    pipe, texts = load_pipeline(str(models / "a")), ["a star", "a ring", ""]
+    twin, ddpm = copy.deepcopy(pipe.unet), DDPMScheduler.from_config(pipe.scheduler.config)
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    args = SimpleNamespace(at=[0, 1, 2], learning_rate=1e-3, train_batch=4, device="cpu", seed=0)
+    assert [*relearn.fine_tune(pipe, latents, texts, args)] == [0, 1, 2]
+    optimizer = torch.optim.AdamW(twin.requires_grad_().parameters(), 1e-3)
+    for step in (1, 2):
+        generator = image_generator(0, step, "relearn")
+        picked, t = (torch.randint(n, (4,), generator=generator) for n in (3, 1000))
+        noise = torch.randn(4, 4, 8, 8, generator=generator)
+        text = encode_prompts(pipe, [texts[i] for i in picked])
+        optimizer.zero_grad()
+        relearn.denoising_loss(twin, ddpm, latents[picked], text, t, noise).mean().backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        optimizer.step()
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(pipe.unet.parameters(), twin.parameters()))
 
 
 def test_geneval_rows_continue_one_stream(tmp_path):
