@@ -105,8 +105,6 @@ def instances(class_logits, mask_logits, padded, inner, size) -> list[Instance]:
     best, order = probs.flatten().topk(min(MAX_PAIRS, probs.numel()))
     keep = best > CUT  # the mean mask probability is at most 1: no pair below can come back above
     best, query, label = best[keep], order[keep] // probs.shape[1], order[keep] % probs.shape[1]
-    if not len(best):
-        return []
     masks = F.interpolate(mask_logits[query][:, None].float(), padded, mode="bilinear", align_corners=False)
     masks = F.interpolate(masks[..., :inner[0], :inner[1]], size, mode="bilinear", align_corners=False)[:, 0]
     inside = masks > 0
@@ -127,9 +125,7 @@ def relations(a, b) -> set[str]:
     offset = a.mean(0) - b.mean(0)
     sizes = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
     rest = np.sign(offset) * np.maximum(np.abs(offset) - SHRINK * sizes, 0)
-    if (np.abs(rest) < 1e-3).all():
-        return set()
-    dx, dy = rest / np.linalg.norm(offset)
+    dx, dy = rest / max(np.linalg.norm(offset), 1e-3)  # both 0 for equal centres
     tests = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
     return {name for name, holds in tests.items() if holds}
 
