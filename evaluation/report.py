@@ -31,7 +31,7 @@ def markdown(merged: list[dict], head: list[str], provenance: dict) -> str:
     lines = [*head, ""]
     for table in merged:
         columns = table["rows"][0]["cells"]
-        names = [c + (f" (n={v['n']})" if v["n"] is not None else "") for c, v in columns.items()]
+        names = [f"{column} (n={cell['n']})" for column, cell in columns.items()]
         lines += [f"## {table['title']}", "", table["note"], ""]
         lines += ["| " + " | ".join(["model", "reading", *names]) + " |", "|" + " --- |" * (len(names) + 2)]
         for row in table["rows"]:

@@ -16,19 +16,6 @@ BOOTSTRAP = 1000
 
 
 @dataclass
-class Number:
-    """A figure of all pictures together, such as FID: without an interval."""
-    value: float
-    kind = "mean"
-
-    def interval(self) -> dict:
-        return {"value": self.value, "n": None}
-
-    def minus(self, other):
-        return Number(self.value - other.value)
-
-
-@dataclass
 class Column:
     """{picture: value}, or with `paired` {picture: d_i}. A subclass has its kind, and ends(values): value
     and, where it has an interval, low and high."""
@@ -44,6 +31,14 @@ class Column:
     def minus(self, other):
         both = [key for key in self.values if key in other.values]
         return type(self)({key: self.values[key] - other.values[key] for key in both}, paired=True)
+
+
+class Number(Column):
+    """A figure of all pictures together, such as FID, which stands for each of them: without an interval."""
+    kind = "mean"
+
+    def ends(self, values: list) -> tuple:
+        return (values[0],)
 
 
 class Means(Column):

@@ -102,7 +102,7 @@ def utility_tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[
     if "clip" in judged:
         columns = {f"CLIP-T{g}": Means({k: r["clip"] for k, r in part.items()}) for g, part in of.items()}
     if fid is not None:
-        columns["FID"] = Number(fid)
+        columns["FID"] = Number(dict.fromkeys(raw, fid))
     if columns:
         note = (f"CLIP-T: mean cosine by {clip} (elsewhere 100 times that). FID grows as pictures get fewer: "
                 "never compare across n.")
