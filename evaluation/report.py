@@ -26,8 +26,9 @@ def text_of(cell: dict, kind: str, difference: bool) -> str:
     return shown[0] + (f" [{shown[1]}, {shown[2]}]" if len(shown) == 3 and "nan" not in shown else "")
 
 
-def markdown(merged: list[dict], head: list[str], provenance: dict) -> str:
-    """The report: our rows first, published rows below and marked so, then where every figure comes from."""
+def write(merged: list[dict], head: list[str], facts: dict, folder: Path):
+    """report.json, and report.md, which is also printed: our rows first, published rows below and marked so,
+    then where every figure comes from."""
     lines = [*head, ""]
     for table in merged:
         columns = table["rows"][0]["cells"]
@@ -44,13 +45,8 @@ def markdown(merged: list[dict], head: list[str], provenance: dict) -> str:
     lines += ["## Provenance", "", "95 % intervals: Wilson for rates, Bonett-Price for paired differences of "
               "rates, bootstrap over pictures for variety, normal for the rest. Safety checker off.", ""]
     lines += [f"- {key}: {value if isinstance(value, str) else json.dumps(value)}"
-              for key, value in provenance.items()]
-    return "\n".join(lines) + "\n"
-
-
-def write(merged: list[dict], head: list[str], facts: dict, folder: Path):
-    """report.md, which is also printed, and report.json."""
-    text = markdown(merged, head, facts)
+              for key, value in facts.items()]
+    text = "\n".join(lines) + "\n"
     write_text(folder / "report.md", text)
     write_text(folder / "report.json", json.dumps({"tables": merged, "provenance": facts}, indent=1))
     print(text)
