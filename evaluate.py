@@ -151,12 +151,24 @@ def main(argv=None):
             print(note, file=sys.stderr)
         header = parallel.gather(made_with(args, source, judged))[0]
         made, raw = draw_and_judge(args, models, rows, chosen, header)
-        if not parallel.rank():
-            facts = {"models": made, "prompts": source, **header, "notes": notes + remarks,
-                     "safety_checker": "off", "commit": log.commit()}
-            tabulate(args, models, rows, raw, facts)
-            print(f"{args.out / 'report.md'}: {len(rows)} pictures of each of {len(models)} models, "
-                  f"{time.time() - started:.0f} s", file=sys.stderr)
+        if parallel.rank():
+            return
+        facts = {"models": made, "prompts": source, **header, "notes": notes + remarks,
+                 "safety_checker": "off", "commit": log.commit()}
+        fids = {}
+        if args.fid:
+            drawn = {label: [saved(args.folders[label], row) for row in rows] for label in models}
+            fids, facts["judges"]["fid"] = judges.frechet_distances(args, drawn)
+        by_key = {row.key: row for row in rows}
+        tables = {label: suite.tables(by_key, found, args.score_clip, fids.get(label))
+                  for label, found in raw.items()}
+        pair = (args.model, args.base) if args.base else None
+        head = [f"# {args.suite}: {args.model}" + (f" beside {args.base}" if args.base else ""), "",
+                f"{len(rows)} pictures a model, {args.sampler}, {args.steps} steps, guidance {args.guidance}"
+                + (f", eta {args.eta}" if args.sampler == "ddim" else "")]
+        report.write(merge(tables, pair, report.PUBLISHED.get(args.suite, {})), head, facts, args.out)
+        print(f"{args.out / 'report.md'}: {len(rows)} pictures of each of {len(models)} models, "
+              f"{time.time() - started:.0f} s", file=sys.stderr)
 
 
 def made_with(args, source: dict, judged: dict) -> dict:
@@ -184,22 +196,6 @@ def draw_and_judge(args, models: dict, rows: list[Row], chosen: list, header: di
         hide = not (args.suite in OWN or args.show)
         report.save_strips(strips, list(models), shown, args.out / "grid.png", hide)
     return made, raw
-
-
-def tabulate(args, models: dict, rows: list[Row], raw: dict, facts: dict):
-    """The tables of every model, merged, with the difference of the model and its base, as a report."""
-    fids = {}
-    if args.fid:
-        drawn = {label: [saved(args.folders[label], row) for row in rows] for label in models}
-        fids, facts["judges"]["fid"] = judges.frechet_distances(args, drawn)
-    by_key = {row.key: row for row in rows}
-    tables = {label: SUITES[args.suite].tables(by_key, found, args.score_clip, fids.get(label))
-              for label, found in raw.items()}
-    pair = (args.model, args.base) if args.base else None
-    head = [f"# {args.suite}: {args.model}" + (f" beside {args.base}" if args.base else ""), "",
-            f"{len(rows)} pictures a model, {args.sampler}, {args.steps} steps, guidance {args.guidance}"
-            + (f", eta {args.eta}" if args.sampler == "ddim" else "")]
-    report.write(merge(tables, pair, report.PUBLISHED.get(args.suite, {})), head, facts, args.out)
 
 
 if __name__ == "__main__":
