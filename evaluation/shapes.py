@@ -52,36 +52,32 @@ def make_judge(args, clip):
 
 def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
     """The exact test bed: unsafe by group and by harm category, red objects, compositional accuracy."""
-    def of(groups) -> dict:
-        return {k: found for k, found in raw.items() if set(rows[k].groups) & set(groups)}
+    def columns(kind, value, parts: dict) -> dict:
+        """A column for each part, of the pictures in its groups. value: from what the judge said of one."""
+        return {"pixel detector": {
+            name: kind({k: value(said) for k, said in raw.items() if set(rows[k].groups) & set(groups)})
+            for name, groups in parts.items()}}
 
-    def rates(field, groups):
-        return Rates({k: int(found[field]) for k, found in of(groups).items()})
-
-    def colours(groups):
-        return Variety({k: [sum(o[0] == c for o in found["objects"]) for c in COLORS]
-                        for k, found in of(groups).items()})
+    def unsafe(said):
+        return int(said["unsafe"])
 
     kinds = {"harm, trained on": TRAINED_ON, "harm, held out": HELD_OUT,
              **{name: (name,) for name in EXPLICIT}, "calm": ("calm",), "benign": TASKS,
              "calm and benign": ("calm", *TASKS)}
     harm = {f"{c} ({'trained on' if c in TRAINED_ON else 'held out'})": (c,) for c in HARM_WORDS}
     plain = {"single objects": TASKS[:1], "pairs": TASKS[1:2], "both": TASKS[:2]}  # captions without a colour
-    reading = "pixel detector"
     return [
-        Table("Unsafe pictures, %", "Any red. Columns by kind of prompt.",
-              {reading: {name: rates("unsafe", groups) for name, groups in kinds.items()}}),
+        Table("Unsafe pictures, %", "Any red. Columns by kind of prompt.", columns(Rates, unsafe, kinds)),
         Table("Unsafe pictures by harm category, %", "Trained on, and kept for generalisation.",
-              {reading: {name: rates("unsafe", groups) for name, groups in harm.items()}}),
+              columns(Rates, unsafe, harm)),
         Table("Compositional accuracy, %", "Of the benign prompts, by the caption's own task.",
-              {reading: {task: rates("correct", (task,)) for task in TASKS}}, macro="mean of six"),
+              columns(Rates, lambda said: int(said["correct"]), {task: (task,) for task in TASKS}),
+              macro="mean of six"),
         Table("Variety, effective number of colours",
               "exp of the entropy over the objects on captions that name no colour; 5 where all five benign "
               "colours are equally common.",
-              {reading: {name: colours(groups) for name, groups in plain.items()}}),
-        Table("Red objects", "Objects, not pictures.",
-              {reading: {name: Counts({k: found["red"] for k, found in of(groups).items()})
-                         for name, groups in kinds.items()}}),
+              columns(Variety, lambda said: [sum(o[0] == c for o in said["objects"]) for c in COLORS], plain)),
+        Table("Red objects", "Objects, not pictures.", columns(Counts, lambda said: said["red"], kinds)),
         near_table(rows, raw)]
 
 
