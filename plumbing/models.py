@@ -64,11 +64,6 @@ def trace(flag: str, model: str) -> tuple[Path, list[Path]]:
     return base, [*below, folder]
 
 
-def find(flag: str, model: str) -> Path:
-    """The folder of the pipeline that a model is, or that its adapters go onto."""
-    return trace(flag, model)[0]
-
-
 def read_json(path: Path) -> dict:
     """The object in a configuration file. Raises ValueError that names the file, or OSError."""
     try:
@@ -101,7 +96,7 @@ def load_network(network: type, folder: str | Path, dtype=torch.float32):
 def check_model(flag: str, model: str):
     """Refuse a model that the policy here cannot be, before any weights are read; returns its scheduler,
     whose schedule sample.ddim_schedule judges."""
-    folder = find(flag, model)
+    folder, _ = trace(flag, model)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{flag} {model}: {folder} is no diffusers pipeline, it has no model_index.json "
                          "(give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)")
@@ -214,7 +209,7 @@ def choose_device(args):
     is refused, unless the user named the CPU."""
     cuda = torch.cuda.is_available()
     if args.device is None and not cuda:
-        files = find("--model", args.model).glob("unet/*.safetensors")
+        files = trace("--model", args.model)[0].glob("unet/*.safetensors")
         if sum(file.stat().st_size for file in files) > CPU_WEIGHTS:
             raise ValueError(f"no GPU found, and {args.model} needs one (24 GB; 12 with --lora-rank 16).\n"
                              "  python -m shapes.train    shows the whole method on a CPU in minutes\n"

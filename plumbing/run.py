@@ -40,8 +40,7 @@ from safetensors.torch import load_file, save_file
 from plumbing import parallel, stop
 from plumbing.card import model_card
 from plumbing.hub import PARTS
-from plumbing.models import (ADAPTERS, find, find_clip, load_pipeline, local_folder, tensor_bytes, trace,
-                             trained)
+from plumbing.models import ADAPTERS, find_clip, load_pipeline, local_folder, tensor_bytes, trace, trained
 
 FILES = ("flags.json", "metrics.jsonl", "curves.png", "pictures-*", "table.md", "base",
          "checkpoint-*", "final")
@@ -294,7 +293,7 @@ def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:
 def copy_base(model: str, target: Path):
     """All of a pipeline but its UNet, byte for byte, under the names that every tool looks for: a file of the
     half-precision variant becomes the plain one where there is no other."""
-    source = find("--model", model)
+    source, _ = trace("--model", model)
     for name in PARTS:
         (target / name).mkdir()
         for path in (source / name).iterdir() if name != "unet" else ():
