@@ -12,7 +12,6 @@ A process that is killed, or ends with an error of its own, is noticed by torchr
 Alone, every function is the identity.
 """
 
-import itertools
 import os
 import sys
 from datetime import timedelta
@@ -21,8 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-BUCKET = 2**24                    # numbers of the gradient summed in one call: 64 MiB
-TIMEOUT = timedelta(minutes=30)   # the others wait while process 0 draws a grid or writes a checkpoint
+TIMEOUT = timedelta(minutes=30)  # the others wait while process 0 draws a grid or writes a checkpoint
 
 
 def world() -> int:
@@ -88,20 +86,13 @@ def total(figures: dict, largest: tuple = ()) -> dict:
 
 
 def sum_gradients(params: list, norm):
-    """Sum the gradients over the processes, in place, in flat buckets; returns the sum's norm. norm: that of
-    this process's gradient, which is the answer where it is alone."""
+    """Sum the gradients over the processes, in place; returns the sum's norm. norm: that of this process's
+    gradient, which is the answer where it is alone."""
     if world() == 1:
         return norm
-    # a process without a pair in this share has no gradient, and takes part all the same
-    known = gather([p.grad is not None for p in params])
-    summed = [p for p, *any_of in zip(params, *known) if any(any_of)]
-    buckets = {}
-    for p, end in zip(summed, itertools.accumulate(p.numel() for p in summed)):
+    for p in params:  # a process without a pair in this share has no gradient, and takes part all the same
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        buckets.setdefault(end // BUCKET, []).append(p.grad)
-    for bucket in buckets.values():
-        flat = torch.cat([grad.flatten() for grad in bucket])
-        dist.all_reduce(flat)
-        for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket])):
-            grad.copy_(part.view(grad.shape))
-    return torch.nn.utils.get_total_norm([p.grad for p in summed])
+        whole = p.grad.contiguous()  # in one order of memory, as the processes' own may differ
+        dist.all_reduce(whole)
+        p.grad.copy_(whole)
+    return torch.nn.utils.get_total_norm([p.grad for p in params])

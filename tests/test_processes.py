@@ -171,7 +171,6 @@ def gradient(out):
     """Gradient and statistics of an update on this process's share of six pictures in three groups, of which
     the last has no spread."""
     parallel.join()
-    parallel.BUCKET = 10_000  # several buckets
     policy, base = tiny_unet(), tiny_unet(1)
     whole = rollout_for(policy, batch_size=2)
     own = [2 * i + j for i in parallel.share(3) for j in range(2)]
