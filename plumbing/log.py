@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections import Counter, deque
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -80,8 +79,6 @@ def print_plan(args, parts, carried: str):
           f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates\n"
           "memory   " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
           + f": {sum(sizes.values()) / 2**30:.2f} GiB, and activations on top (docs/speed.md: peak by flags)")
-    if find_spec("matplotlib") is None:
-        print("note: no curves.png without the package matplotlib: pip install matplotlib")
 
 
 def memory(args, parts) -> dict:
