@@ -57,26 +57,24 @@ NOTED = ("flags.device", "flags.sample_batch", "flags.micro_batch", "flags.no_ch
 
 # -------------------------------------------------------------------------------- what a run is
 
-def sha256(data: bytes | Path) -> str:
-    """Of bytes, or of a file's content; a file of the hub's cache is named by it."""
-    if isinstance(data, bytes):
-        return hashlib.sha256(data).hexdigest()
-    blob = data.resolve().name
-    if data.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
+def sha256(path: Path) -> str:
+    """Of a file's content; a file of the hub's cache is named by it."""
+    blob = path.resolve().name
+    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
         return blob
-    with open(data, "rb") as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content(folder: Path) -> dict:
     """{part: sha256 over its files' sha256} of a model's folder, or of a CLIP's; where it lies does not
     count."""
-    folder = Path(folder)
     whole = (folder / "model_index.json").is_file()
     parts = {part: folder / part for part in PARTS} if whole else {"files": folder}
     files = {part: sorted(path for path in at.glob("*") if path.suffix in (".json", ".txt", ".safetensors")
                           and path.name != "state.json") for part, at in parts.items()}
-    return {part: sha256("".join(map(sha256, found)).encode()) for part, found in files.items()}
+    return {part: hashlib.sha256("".join(map(sha256, found)).encode()).hexdigest()
+            for part, found in files.items()}
 
 
 def identity(args, files: dict) -> dict:
