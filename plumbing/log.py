@@ -220,32 +220,27 @@ class Log:
 
 def warnings(history: list, clip_range: float) -> dict:
     """What the last of some rollouts' figures warns of: {name: what was seen, and what to do}."""
-    found, last = {}, history[-1]
+    last, rise, fall = history[-1], trend(history, "reward_mean"), trend(history, "alignment")
     clipped = max(last["clip_frac_pos"], last["clip_frac_neg"])
-    if clipped > CLIP_BOUND:
-        found["clip fraction"] = (
-            f"{clipped:.0%} of the transitions were past the clip range and taught nothing: "
-            "lower --learning-rate or --updates, or raise --clip-range")
-    if last["ratio_dev_first"] > clip_range:
-        found["rounding"] = (
-            f"before any update the ratio is off by {last['ratio_dev_first']:.2g}, which is rounding, and "
-            f"the clip range is {clip_range:g}: give --sample-batch and --micro-batch one value, that "
-            "divides both pictures and transitions (in float32), or raise --clip-range")
-    if last["kl_ref"] > KL_BOUND:
-        found["KL"] = (
-            f"the KL to the base is {last['kl_ref']:.2g} per latent dimension, above {KL_BOUND}: the policy "
-            "is leaving it; look at the pictures, raise --kl or lower --learning-rate")
-    if last["zero_std_groups"] == 1:
-        found["no spread"] = (
-            "no group had any spread in its rewards, so nothing was learnt: are the pictures of a prompt all "
-            "the same? raise --group or --eta, or choose other prompts")
-    rise, fall = trend(history, "reward_mean"), trend(history, "alignment")
-    if rise > 0 and fall < -ALIGNMENT_BOUND:
-        found["reward hacking"] = (
-            f"over {2 * TREND} rollouts the reward rose by {rise:.3f} while the alignment with the prompts "
-            f"fell by {-fall:.3f}: it may be gaining reward without drawing what is asked for; look at the "
-            "pictures, raise --kl, or lower --alpha")
-    return found
+    every = [  # name, when it holds, text
+        ("clip fraction", clipped > CLIP_BOUND,
+         f"{clipped:.0%} of the transitions were past the clip range and taught nothing: "
+         "lower --learning-rate or --updates, or raise --clip-range"),
+        ("rounding", last["ratio_dev_first"] > clip_range,
+         f"before any update the ratio is off by {last['ratio_dev_first']:.2g}, which is rounding, and "
+         f"the clip range is {clip_range:g}: give --sample-batch and --micro-batch one value, that "
+         "divides both pictures and transitions (in float32), or raise --clip-range"),
+        ("KL", last["kl_ref"] > KL_BOUND,
+         f"the KL to the base is {last['kl_ref']:.2g} per latent dimension, above {KL_BOUND}: the policy "
+         "is leaving it; look at the pictures, raise --kl or lower --learning-rate"),
+        ("no spread", last["zero_std_groups"] == 1,
+         "no group had any spread in its rewards, so nothing was learnt: are the pictures of a prompt all "
+         "the same? raise --group or --eta, or choose other prompts"),
+        ("reward hacking", rise > 0 and fall < -ALIGNMENT_BOUND,
+         f"over {2 * TREND} rollouts the reward rose by {rise:.3f} while the alignment with the prompts "
+         f"fell by {-fall:.3f}: it may be gaining reward without drawing what is asked for; look at the "
+         "pictures, raise --kl, or lower --alpha")]
+    return {name: text for name, holds, text in every if holds}
 
 
 def trend(history: list, name: str) -> float:
