@@ -35,7 +35,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from plumbing import parallel, stop
 from plumbing.card import model_card
@@ -264,13 +264,10 @@ def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:
     def fill(part):
         if args.lora_rank:
             from peft import get_peft_model_state_dict
-            adapters = get_peft_model_state_dict(parts.learnt)
-            StableDiffusionPipeline.save_lora_weights(part, {k: v.cpu() for k, v in adapters.items()})
+            StableDiffusionPipeline.save_lora_weights(part, get_peft_model_state_dict(parts.learnt))
         else:
-            weights = {name: weight.cpu().contiguous() for name, weight in parts.learnt.state_dict().items()}
             shutil.copytree(run.folder / "base", part, dirs_exist_ok=True)
-            parts.learnt.save_config(part / "unet")
-            save_file(weights, part / "unet" / UNET, {"format": "pt"})
+            parts.learnt.save_pretrained(part / "unet")
         torch.save(training, part / "training.pt")
         about = {"epoch": epoch, "stopped": why, "model": args.model, "start": run.start}
         (part / "state.json").write_text(json.dumps(about | run.identity, indent=1))
