@@ -66,13 +66,6 @@ def if_asked():
         raise Asked
 
 
-def agree(trouble: NotFinite | None):
-    """Raise NotFinite in all processes where one of them has met it."""
-    said = [str(one) for one in parallel.gather(trouble) if one]
-    if said:
-        raise NotFinite(said[0])
-
-
 @contextmanager
 def together():
     """Inside, NotFinite waits for the end of the block, which all processes reach, and is raised in all."""
@@ -81,7 +74,9 @@ def together():
         yield
     except NotFinite as error:
         trouble = error
-    agree(trouble)
+    said = [str(one) for one in parallel.gather(trouble) if one]
+    if said:
+        raise NotFinite(said[0])
 
 
 # -------------------------------------------------------------------------------- how it ends
@@ -162,13 +157,12 @@ def check_update(policy, norm, watched: list, names: list):
     norm: of this process's gradient; watched: of each micro-batch its pairs (n, 2) of picture and transition,
     log-ratios (n,), loss and statistics; empty where none of a share's pairs is this process's. names: words
     for its pictures. One number is read from the device; where it went wrong is looked for only then."""
-    trouble = None
-    if watched:
-        losses = torch.stack([loss for _, _, loss, _ in watched])
-        ratios = torch.cat([log_ratio for _, log_ratio, _, _ in watched]).exp()
-        if not (norm.isfinite() & ratios.isfinite().all() & losses.isfinite().all()).item():
-            trouble = NotFinite(first_trouble(policy, watched, names))
-    agree(trouble)
+    with together():
+        if watched:
+            losses = torch.stack([loss for _, _, loss, _ in watched])
+            ratios = torch.cat([log_ratio for _, log_ratio, _, _ in watched]).exp()
+            if not (norm.isfinite() & ratios.isfinite().all() & losses.isfinite().all()).item():
+                raise NotFinite(first_trouble(policy, watched, names))
 
 
 def first_trouble(policy, watched: list, names: list) -> str:
