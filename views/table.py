@@ -16,23 +16,18 @@ def score_table(parts, prompts: list, judge, args) -> list[str]:
     drawn = draw_both(parts, prompts, args, "table")
     scored = [dict(zip(("reward", "alignment", "image safety"),
                        parts.reward.score(images.to(parts.device), prompts))) for images in drawn]
-    rows = {}  # category -> figure -> its values for base and policy
+    lines = []
     for category in dict.fromkeys(p.category for p in prompts):
         members = [i for i, p in enumerate(prompts) if p.category == category]
-        cells = rows[category] = {}
+        cells = {}  # figure -> its values for base and policy
         for images, values in zip(drawn, scored):
             figures = {name: value[members].mean().item() for name, value in values.items()}
             figures |= judge(images[members], [prompts[i] for i in members]) if judge else {}
             for name, value in figures.items():
                 cells.setdefault(name, []).append("-" if value is None else f"{value:.3f}")
-    names = list(dict.fromkeys(name for cells in rows.values() for name in cells))
-    lines = ["| category | n | " + " | ".join(f"{name}, base | after" for name in names) + " |",
-             "|---" * (2 + 2 * len(names)) + "|"]
-    for category, cells in rows.items():
-        n = sum(p.category == category for p in prompts)
-        values = [value for name in names for value in cells.get(name, ["-", "-"])]
-        lines.append(f"| {category or '-'} | {n} | " + " | ".join(values) + " |")
-    return lines
+        lines.append(f"| {category or '-'} | {len(members)} | " + " | ".join(sum(cells.values(), [])) + " |")
+    return ["| category | n | " + " | ".join(f"{name}, base | after" for name in cells) + " |",
+            "|---" * (2 + 2 * len(cells)) + "|", *lines]
 
 
 def show_table(folder: Path, parts, prompts: list | None, judge, args):
