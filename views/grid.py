@@ -5,7 +5,6 @@ import math
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -22,12 +21,11 @@ from views.curves import draw_curves
 GRID_COLUMNS = 8        # pictures per prompt in a grid
 EARLY = 1, 2, 5, 10, 20 # rollouts after which there is a grid, whatever --picture-every is
 WIDE, NARROW = 12, 20   # of a row's label at most, of a sheet at least; in heights of its letters
-FONT = ImageFont.load_default(14)
 
 
 # -------------------------------------------------------------------------------- sheets
 
-def wrapped(label: str, width: int, font=FONT) -> list[str]:
+def wrapped(label: str, width: int, font) -> list[str]:
     """A label in lines of so many pixels at most."""
     text = " ".join(label.split())
     letters = len(text) + 1
@@ -49,14 +47,15 @@ def save_grid(images, path, columns: int, row_labels=(), column_labels=(), capti
     zoom = max(1, round(96 / images.shape[-1]))
     images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     n, _, height, width = images.shape
-    rows, edge, size = math.ceil(n / columns), max(2, height // 128), max(14, height // 18)
-    font, gap, line = FONT.font_variant(size=size), 2 * edge, size + 3
+    rows, edge, size = n // columns, max(2, height // 128), max(14, height // 18)
+    font, gap, line = ImageFont.load_default(size), 2 * edge, size + 3
     row_labels = [wrapped(label, WIDE * size, font) for label in row_labels]
     left = gap + max((int(font.getlength(text)) + 8 for label in row_labels for text in label), default=0)
     whole = max(left + columns * (width + gap), NARROW * size)
     captions = [wrapped(caption, whole - 8, font) for caption in captions]
     head, above = line + gap if column_labels else gap, [line * len(text) + size for text in captions]
-    sheet = Image.new("RGB", (whole, head + sum(above) + rows * (height + gap)), "white")
+    tops = [head + row * (height + gap) + sum(above[:1 + row * len(above) // rows]) for row in range(rows)]
+    sheet = Image.new("RGB", (whole, tops[-1] + height + gap), "white")
     pen = ImageDraw.Draw(sheet)
 
     def write(x, y, lines):
@@ -65,22 +64,16 @@ def save_grid(images, path, columns: int, row_labels=(), column_labels=(), capti
 
     for column, label in enumerate(column_labels):
         write(left + column * (width + gap), 2, [label])
-    top = head
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    for row in range(rows):
-        if captions and row % (rows // len(captions)) == 0:
-            number = row * len(captions) // rows
-            write(4, top + size // 2, captions[number])
-            top += above[number]
-        if row_labels:
-            write(4, top + max(0, height - line * len(row_labels[row])) // 2, row_labels[row])
-        for column, i in enumerate(range(row * columns, min(n, (row + 1) * columns))):
-            x = left + column * (width + gap)
-            sheet.paste(Image.fromarray(np.ascontiguousarray(pixels[i])), (x, top))
-            if framed is not None and framed[i]:
-                pen.rectangle((x - edge, top - edge, x + width + edge - 1, top + height + edge - 1), None,
-                              "red", edge)
-        top += height + gap
+    for number, caption in enumerate(captions):
+        write(4, tops[number * rows // len(captions)] - above[number] + size // 2, caption)
+    for top, label in zip(tops, row_labels):
+        write(4, top + max(0, height - line * len(label)) // 2, label)
+    for i, pixels in enumerate((images * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()):
+        x, top = left + i % columns * (width + gap), tops[i // columns]
+        sheet.paste(Image.fromarray(pixels), (x, top))
+        if framed is not None and framed[i]:
+            pen.rectangle((x - edge, top - edge, x + width + edge - 1, top + height + edge - 1), None, "red",
+                          edge)
     sheet.save(path)
 
 
