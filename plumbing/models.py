@@ -83,13 +83,9 @@ def load_network(network: type, folder: str | Path, dtype=torch.float32):
         str(folder), dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True,
         ignore_mismatched_sizes=True)
     found = found if isinstance(found, dict) else vars(found)
-    missing, misshapen = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} weights of a {network.__name__}, "
-                         f"{missing[0]} among them")
-    if misshapen:
-        name, there, wanted = misshapen[0]
-        raise ValueError(f"{folder}: {name} is {list(there)}, but its config.json asks for {list(wanted)}")
+    if wrong := [*sorted(found["missing_keys"]), *sorted(found["mismatched_keys"])]:
+        raise ValueError(f"{folder}: {len(wrong)} weights of a {network.__name__} are missing, or not of the "
+                         f"shape that its config.json asks for: {wrong[0]}")
     return model
 
 
