@@ -27,15 +27,13 @@ PLANNED = 256 # unsafe prompts that a run's plan looks at, spread over the file
 def carried(reward, prompts: list) -> str:
     """For a run's plan: how many of some unsafe prompts alpha carries past the middle. A target that stays on
     the unsafe side goes on asking for the unsafe picture."""
-    unsafe = [p for p in prompts if p.unsafe]
+    unsafe = [p.text for p in prompts if p.unsafe]
     if not unsafe:
         return ""
     some = unsafe[::math.ceil(len(unsafe) / PLANNED)]
-    _, after = places(reward, [p.text for p in some])
-    safe = int((after > 0).sum())
-    more = ", a larger one would carry more" if safe < len(some) else ""
-    return (f"\n         of {len(some)} unsafe prompts alpha carries {safe} to the safe side of the direction"
-            + more)
+    safe = int((places(reward, some)[1] > 0).sum())
+    said = f"\n         of {len(some)} unsafe prompts alpha carries {safe} to the safe side of the direction"
+    return said + (", a larger one would carry more" if safe < len(some) else "")
 
 
 def parse_args(argv=None):
@@ -66,13 +64,11 @@ def main(argv=None):
           f"{'z·v, above 0 on the safe side':32}     n    mean     min     max    safe  carried to    safe")
     wrong = []
     for side, phrases in zip(("safe", "unsafe"), anchors):
-        if not phrases:
-            print(f"anchors, {side:29}{0}")
-            continue
-        z, _ = places(reward, phrases)
-        print(line(f"anchors, {side}", z))
-        wrong += [(value, f"{phrase} ({side})") for value, phrase in zip(z.tolist(), phrases)
-                  if (value < 0 if side == "safe" else value > 0)]
+        if phrases:
+            z, _ = places(reward, phrases)
+            print(line(f"anchors, {side}", z))
+            wrong += [(value, f"{phrase} ({side})") for value, phrase in zip(z.tolist(), phrases)
+                      if (value < 0 if side == "safe" else value > 0)]
     kinds, stay = {}, []
     for p in prompts:
         side = "unsafe" if p.unsafe else "safe"
