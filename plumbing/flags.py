@@ -9,15 +9,11 @@ import torch
 
 def whole(low: int, high: float = math.inf):
     """An argparse type: a whole number from low to high."""
-    return number(int, f"[{low}, {high}]", "whole number")
+    return real(f"[{low}, {high}]", int)
 
 
-def real(interval: str):
+def real(interval: str, kind: type = float):
     """An argparse type: a finite number in an interval such as "(0, 1]": a round bracket excludes its end."""
-    return number(float, interval, "number")
-
-
-def number(kind: type, interval: str, name: str):
     low, high = map(float, interval[1:-1].split(", "))
 
     def read(text: str):
@@ -26,7 +22,8 @@ def number(kind: type, interval: str, name: str):
         if not inside or (interval[0] == "(" and value == low) or (interval[-1] == ")" and value == high):
             raise argparse.ArgumentTypeError(f"{text} does not lie in {interval}")
         return value
-    read.__name__ = name  # what argparse calls it, where a text is no number at all
+    # what argparse calls it, where a text is no number at all
+    read.__name__ = "number" if kind is float else "whole number"
     return read
 
 
