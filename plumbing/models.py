@@ -177,11 +177,9 @@ def load_clip(clip: str, dtype=torch.float32, flag: str = "--clip"):
         processor = CLIPImageProcessor.from_pretrained(folder)
     else:
         processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
-    crop = {"height": side, "width": side}
-    whole = dict(processor.size) == crop and not processor.do_center_crop
+    made = processor.crop_size if processor.do_center_crop else processor.size
     steps = processor.do_resize and processor.do_rescale and processor.do_normalize
-    if not (steps and processor.resample == 3 and (whole or processor.do_center_crop
-                                                   and dict(processor.crop_size) == crop)):
+    if not steps or processor.resample != 3 or dict(made) != {"height": side, "width": side}:
         raise ValueError(f"{flag} {clip}: preprocessor_config.json has to resize (bicubic), crop to {side} "
                          "(image_size in config.json), rescale and normalise, as CLIP's does")
     return load_network(CLIPModel, folder, dtype), CLIPTokenizer.from_pretrained(folder), processor
