@@ -228,7 +228,7 @@ def begin(run: Run, parts, args) -> int:
         lines = [line for line in read_lines(run.folder / "metrics.jsonl") if line.get("epoch", done) < done]
         write_text(run.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         if not (run.folder / "base").is_dir():  # from here on the model may be moved, but for LoRA's UNet
-            write_folder(run.folder / "base", 0, partial(copy_base, args.model))
+            write_folder(run.folder / "base", partial(copy_base, args.model))
         write_text(run.folder / "flags.json", json.dumps(run.identity | {"flags": vars(args)}, indent=1))
     if args.resume:
         print(f"resumed  {run.newest}, {done} epochs done" if run.newest
@@ -272,10 +272,7 @@ def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:
         about = {"epoch": epoch, "stopped": why, "model": args.model, "start": run.start}
         (part / "state.json").write_text(json.dumps(about | run.identity, indent=1))
 
-    # Adam's two moments, the policy where an average is saved; the pipeline, or adapters
-    learnt, needed = tensor_bytes(trained(parts.policy)), tensor_bytes(parts.learnt.parameters())
-    needed += sum(path.stat().st_size for path in (run.folder / "base").rglob("*"))
-    write_folder(target, learnt * (3 if parts.average else 2) + (learnt if args.lora_rank else needed), fill)
+    write_folder(target, fill, 3 * tensor_bytes(trained(parts.policy)))  # at least: Adam has two moments
     run.saved = time.monotonic()
     if not why:
         *older, _ = found = checkpoints(run.folder)
@@ -302,15 +299,15 @@ def copy_base(model: str, target: Path):
     write_text(target / "model_index.json", json.dumps(kept | {"requires_safety_checker": False}, indent=2))
 
 
-def write_folder(target: Path, needed: int, fill):
+def write_folder(target: Path, fill, needed: int = 0):
     """fill(folder) under a temporary name, then renamed: `target` is whole or absent, whatever happens.
     Raises OSError where the disk has less than the needed bytes, or the writing fails."""
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed:
-        raise OSError(f"the disk is full: {target} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are "
-                      f"free. Make room, then {stop.AGAIN}")
+        raise OSError(f"the disk is full: {target} needs {needed / 2**30:.1f} GiB or more, "
+                      f"{free / 2**30:.1f} are free. Make room, then {stop.AGAIN}")
     try:
         part.mkdir()
         fill(part)
@@ -373,9 +370,8 @@ def save_final(run: Run, args):
             load_pipeline(str(checkpoint)).unet.save_pretrained(part / "unet")
         (part / "README.md").write_text(card, encoding="utf-8")
 
-    needed = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
-    write_folder(run.folder / "final", needed, fill)
     final = run.folder / "final"
+    write_folder(final, fill)
     left = [*sorted(run.folder.glob("pictures-*.png"))[-1:], run.folder / "curves.png", table]
     print("look at  " + ", ".join(str(path) for path in left if path.is_file()))
     command = shlex.join(["python", "sample.py", "--model", str(final), "--compare", args.model,
