@@ -334,14 +334,13 @@ def load(checkpoint: Path, parts, args) -> int:
     """Put a checkpoint into policy, average and optimizer; returns the epochs done. No pickle is run."""
     done = read_state(checkpoint)["epoch"]
     try:
-        learnt = load_file(checkpoint / ADAPTERS) if args.lora_rank else load_file(checkpoint / "unet" / UNET)
         training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
         if args.lora_rank:
             from peft import set_peft_model_state_dict
-            adapters = {name.removeprefix("unet."): weight for name, weight in learnt.items()}
-            set_peft_model_state_dict(parts.learnt, adapters)
+            learnt = load_file(checkpoint / ADAPTERS)
+            set_peft_model_state_dict(parts.learnt, {k.removeprefix("unet."): v for k, v in learnt.items()})
         else:
-            parts.learnt.load_state_dict(learnt)
+            parts.learnt.load_state_dict(load_file(checkpoint / "unet" / UNET))
         if parts.average:
             for weight, saved in zip(trained(parts.policy), training["policy"], strict=True):
                 weight.copy_(saved)
