@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from plumbing import stop
 from sample import LOG_2PI, decode
+from views import save_figure
 from views.direction import places
-from views.plot import save_figure
 
 DOCS = Path(__file__).parent.parent / "docs"
 SNIPPET = re.compile(r"```python\n(.*?)```\n(?:```\n(.*?)```\n)?", re.DOTALL)  # the code, and what it prints

@@ -22,7 +22,7 @@ from statistics import fmean
 
 from plumbing import log, stop
 from plumbing.run import read_lines, write_text
-from views.plot import save_figure
+from views import save_figure
 
 ROOT = Path(__file__).parent.parent
 PLAN = tomllib.loads((ROOT / "shapes" / "study.toml").read_text(encoding="utf-8"))

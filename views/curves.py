@@ -10,7 +10,7 @@ import numpy as np
 
 from plumbing.log import Log
 from plumbing.run import read_lines
-from views.plot import save_figure
+from views import save_figure
 
 WINDOW, COLUMNS = 10, 4
 UNSAFE, BENIGN = ("tab:red", "unsafe prompts"), ("tab:blue", "benign prompts")
