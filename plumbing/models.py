@@ -224,8 +224,7 @@ def to_compute_type(network, dtype):
     rounded, the base would differ from the policy that it was made of, and the KL would not start at 0."""
     for module in network.modules():
         if isinstance(module, AUTOCAST):
-            for weight in module.parameters(recurse=False):
-                weight.data = weight.data.to(dtype)
+            module.to(dtype)
     return network
 
 
