@@ -233,8 +233,13 @@ def make_policy(unet, args, device):
     itself, whose adapters are float32. --layers cross-attention: what reads the prompt learns alone."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     unet.to(device, torch.float32)
-    if args.lora_rank:
-        policy = base = add_adapters(to_compute_type(unet, dtype), args)
+    if args.lora_rank:  # at the attention's projections, by diffusers' own method
+        from peft import LoraConfig
+        names = [LAYERS[args.layers] + name for name in ("to_q", "to_k", "to_v", "to_out.0")]
+        policy = base = to_compute_type(unet, dtype).requires_grad_(False)
+        policy.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=names))
+        for weight in trained(policy):
+            weight.data = weight.data.float()
     else:
         base = to_compute_type(copy.deepcopy(unet), dtype)
         policy = unet
@@ -246,17 +251,6 @@ def make_policy(unet, args, device):
         policy.to(memory_format=torch.channels_last)
         base.to(memory_format=torch.channels_last)
     return policy.eval(), base.eval()  # eval in rollout and in update: dropout would be part of the policy
-
-
-def add_adapters(unet, args):
-    """Adapters of float32 at the attention's projections of a frozen UNet, by diffusers' own method."""
-    from peft import LoraConfig
-    names = [LAYERS[args.layers] + name for name in ("to_q", "to_k", "to_v", "to_out.0")]
-    unet.requires_grad_(False).add_adapter(LoraConfig(
-        r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=names))
-    for weight in trained(unet):
-        weight.data = weight.data.float()
-    return unet
 
 
 def trained(policy) -> list:
