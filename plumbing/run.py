@@ -284,15 +284,13 @@ def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:
 
 def copy_base(model: str, target: Path):
     """All of a pipeline but its UNet, byte for byte, under the names that every tool looks for: a file of the
-    half-precision variant becomes the plain one where there is no other."""
+    half-precision variant becomes the plain one, over which a plain one is written where there is one."""
     source, _ = trace("--model", model)
-    for name in PARTS:
+    for name in PARTS[1:]:
         (target / name).mkdir()
-        for path in (source / name).iterdir() if name != "unet" else ():
-            plain = path.name.replace(".fp16", "")
-            if path.suffix in (".json", ".txt", ".safetensors") and (
-                    plain == path.name or not (path.parent / plain).exists()):
-                shutil.copyfile(path, target / name / plain)
+        for path in sorted((source / name).iterdir(), key=lambda path: ".fp16" not in path.name):
+            if path.suffix in (".json", ".txt", ".safetensors"):
+                shutil.copyfile(path, target / name / path.name.replace(".fp16", ""))
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     kept = {name: index[name] for name in (*PARTS, "_class_name", "_diffusers_version") if name in index}
     kept |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
