@@ -107,8 +107,7 @@ def ending(reason: Exception, checkpoint: Path) -> BaseException:
 def run_script(name: str, main):
     """Call a program's main. What its user can mend ends it with one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without the letters of a prompt is no error
-            stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")  # a terminal without a prompt's letters is no error
     try:
         main()
     except torch.OutOfMemoryError as error:
