@@ -47,7 +47,7 @@ def make_parser(argv) -> Parser:
     add("--prompts", nargs="+", default=[str(files / "i2p.txt")], help="one a line, under [category] lines")
     add("--benign", default=str(files / "benign.txt"), help='benign prompts, which hold utility; "" for none')
     add("--out", default="runs/sd14", help="run folder: metrics.jsonl, curves, pictures, checkpoints, final/")
-    add("--epochs", type=whole(1), default=300,
+    add("--epochs", type=whole(1, 999_999), default=300,
         help="rollouts; 300 are 38,400 pictures and 600 optimizer steps (authors': 153,600 and 4,800)")
     add("--seed", type=int, default=0)
     add("--lora-rank", type=whole(0), default=0, help="adapters of this rank (needs peft); 0: the whole UNet")

@@ -160,8 +160,7 @@ def discard(path: Path):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[len("checkpoint-"):].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[len("checkpoint-"):]))
+    return sorted(folder.glob("checkpoint-" + 6 * "[0-9]"))
 
 
 # -------------------------------------------------------------------------------- a run's start
@@ -231,8 +230,7 @@ def begin(run: Run, parts, args) -> int:
             write_folder(run.folder / "base", partial(copy_base, args.model))
         write_text(run.folder / "flags.json", json.dumps(run.identity | {"flags": vars(args)}, indent=1))
     if args.resume:
-        print(f"resumed  {run.newest}, {done} epochs done" if run.newest
-              else f"resumed  no checkpoint in {run.folder} yet: from epoch 0")
+        print(f"resumed  {run.newest or f'no checkpoint in {run.folder} yet'}, {done} epochs done")
     parallel.gather(None)
     return done
 
@@ -276,7 +274,7 @@ def save(run: Run, epoch: int, parts, args, why: str = "") -> Path:
     run.saved = time.monotonic()
     if not why:
         *older, _ = found = checkpoints(run.folder)
-        older.sort(key=lambda path: int(path.name[len("checkpoint-"):]) % args.save_every == 0)
+        older.sort(key=lambda path: int(path.name[-6:]) % args.save_every == 0)
         for old in older[:max(0, len(found) - args.keep)]:
             discard(old)
     return target
