@@ -73,8 +73,6 @@ def rows(*tensors) -> tuple:
 def own(pairs, pictures: int):
     """Of (picture, transition) pairs (n, 2) of the whole rollout those of this process's pictures, by its own
     numbers. pictures: how many it has."""
-    if world() == 1:
-        return pairs
     pairs = pairs - torch.tensor([rank() * pictures, 0])
     return pairs[(pairs[:, 0] >= 0) & (pairs[:, 0] < pictures)]
 
