@@ -55,14 +55,13 @@ def print_plan(args, parts, carried: str):
     moves the unsafe prompts, in words."""
     images = args.prompts_per_rollout * args.group
     count = sum(weight.numel() for weight in trained(parts.policy))
-    lora = f" (LoRA, rank {args.lora_rank})" if args.lora_rank else ""
-    lora += "" if args.layers == "all" else f" ({args.layers} alone)"
+    lora = f", LoRA of rank {args.lora_rank}" if args.lora_rank else ""
     kinds = Counter(prompt.category or "no category" for prompt in parts.prompts)
     unsafe = sum(p.unsafe for p in parts.prompts)
     decay = f" / (1 + epoch / {args.decay_epochs})" if args.decay_epochs else ""
     average = f", average over {1 / (1 - args.ema):.0f}" if args.ema else ""
     sizes = memory(args, parts)
-    print(f"model    {args.model}: {count / 1e6:.1f} M parameters trained{lora}, "
+    print(f"model    {args.model}: {count / 1e6:.1f} M parameters trained (layers: {args.layers}{lora}), "
           f"{args.precision} on {parts.device}, {parallel.world()} process(es)\n"
           f"reward   {args.clip}, alpha {args.alpha}, {args.direction} direction, "
           f"{args.steer} prompts steered{carried}\n"
