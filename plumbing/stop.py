@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from plumbing import parallel
 
 # Ctrl-C, a kill, a lost terminal, the warning that SLURM gives; not every system has all
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-           if hasattr(signal, name)]
+SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 NAMED = 5        # transitions named in one message; more are counted
 AGAIN = "continue with --resume, or where there is no checkpoint yet start again with --overwrite"
 RECEIVED = []    # signals: the one thing here that outlives a call, as signals belong to the process
