@@ -233,6 +233,8 @@ def make_policy(unet, args, device):
     itself, whose adapters are float32. --layers cross-attention: what reads the prompt learns alone."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     unet.to(device, torch.float32)
+    if device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
     if args.lora_rank:  # at the attention's projections, by diffusers' own method
         from peft import LoraConfig
         names = [LAYERS[args.layers] + name for name in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -241,15 +243,11 @@ def make_policy(unet, args, device):
         for weight in trained(policy):
             weight.data = weight.data.float()
     else:
-        base = to_compute_type(copy.deepcopy(unet), dtype)
-        policy = unet
+        policy, base = unet, to_compute_type(copy.deepcopy(unet), dtype)
         for name, weight in policy.named_parameters():
             weight.requires_grad_(LAYERS[args.layers] in name)
     if not args.no_checkpointing:
         unet.enable_gradient_checkpointing()
-    if device.type == "cuda":
-        policy.to(memory_format=torch.channels_last)
-        base.to(memory_format=torch.channels_last)
     return policy.eval(), base.eval()  # eval in rollout and in update: dropout would be part of the policy
 
 
