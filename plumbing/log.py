@@ -95,8 +95,7 @@ def memory(args, parts) -> dict:
 # -------------------------------------------------------------------------------- one rollout
 
 class Clock:
-    """Seconds of a rollout's phases, the device's queue included, and GiB of their peaks on a GPU; a CPU
-    counts none."""
+    """Seconds of a rollout's phases, the device's queue included, and on a GPU the GiB at their peaks."""
 
     def __init__(self, device):
         self.device, self.seconds, self.peaks = device, {}, {}

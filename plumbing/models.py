@@ -51,8 +51,7 @@ def local_folder(flag: str, name: str) -> tuple[Path | None, str]:
 
 
 def trace(flag: str, model: str) -> tuple[Path, list[Path]]:
-    """What a model is made of: a pipeline's folder, and the adapters' folders that go onto it in order. A hub
-    id's files are fetched."""
+    """A pipeline's folder, and the adapters' folders that go onto it in order. A hub id is fetched first."""
     folder, subfolder = local_folder(flag, model)
     if folder is None:
         folder = fetch(flag, model.removesuffix(f":{subfolder}"), subfolder) / subfolder
@@ -90,8 +89,7 @@ def load_network(network: type, folder: str | Path, dtype=torch.float32):
 
 
 def check_model(flag: str, model: str):
-    """Refuse a model that the policy here cannot be, before any weights are read; returns its scheduler,
-    whose schedule sample.ddim_schedule judges."""
+    """Refuse a model that cannot be the policy, from its heads; returns the scheduler, for ddim_schedule."""
     folder, _ = trace(flag, model)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{flag} {model}: {folder} is no diffusers pipeline, it has no model_index.json "
@@ -156,8 +154,7 @@ def load_pipeline(model: str, device="cpu") -> StableDiffusionPipeline:
 
 
 def find_clip(clip: str, flag: str = "--clip") -> Path:
-    """The folder of a transformers CLIP; a hub id's files are fetched. Raises ValueError for another kind of
-    model, before its weights are read."""
+    """The folder of a CLIP; a hub id's files are fetched. What is no CLIP is refused, from its heads."""
     folder, subfolder = local_folder(flag, clip)
     folder = folder or fetch(flag, clip.removesuffix(f":{subfolder}"), subfolder, CLIP_FILES) / subfolder
     kind = read_json(folder / "config.json").get("model_type")

@@ -71,8 +71,7 @@ def rows(*tensors) -> tuple:
 
 
 def own(pairs, pictures: int):
-    """Of (picture, transition) pairs (n, 2) of the whole rollout those of this process's pictures, by its own
-    numbers. pictures: how many it has."""
+    """Of (picture, transition) pairs (n, 2) those of this process's `pictures`, by its own numbers."""
     pairs = pairs - torch.tensor([rank() * pictures, 0])
     return pairs[(pairs[:, 0] >= 0) & (pairs[:, 0] < pictures)]
 
@@ -84,8 +83,7 @@ def total(figures: dict, largest: tuple = ()) -> dict:
 
 
 def sum_gradients(params: list, norm):
-    """Sum the gradients over the processes, in place; returns the sum's norm. norm: that of this process's
-    gradient, which is the answer where it is alone."""
+    """Sum the gradients over the processes, in place; returns the sum's norm. norm: of its own."""
     if world() == 1:
         return norm
     for p in params:  # a process without a pair in this share has no gradient, and takes part all the same

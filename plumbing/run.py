@@ -67,8 +67,7 @@ def sha256(path: Path) -> str:
 
 
 def content(folder: Path) -> dict:
-    """{part: sha256 over its files' sha256} of a model's folder, or of a CLIP's; where it lies does not
-    count."""
+    """{part: sha256 over its files' sha256} of a model's or a CLIP's folder; where it lies does not count."""
     whole = (folder / "model_index.json").is_file()
     parts = {part: folder / part for part in PARTS} if whole else {"files": folder}
     files = {part: sorted(path for path in at.glob("*") if path.suffix in (".json", ".txt", ".safetensors")
@@ -89,8 +88,7 @@ def identity(args, files: dict) -> dict:
 
 
 def differences(was: dict, now: dict, path: str = "") -> list[str]:
-    """What differs between two headers, a line each: "flags.alpha: was 0.5, is 1.0"; of a sha256 its first
-    digits."""
+    """What differs between two headers, as "flags.alpha: was 0.5, is 1.0"; of a sha256 its first digits."""
     found = []
     for name in dict.fromkeys([*was, *now]):
         a, b = was.get(name, "absent"), now.get(name, "absent")
@@ -112,8 +110,7 @@ def write_text(path: Path, text: str):
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file. A last line that a kill has torn is cut off the file; any other that
-    cannot be read is named."""
+    """The objects of a JSON-lines file. A last line that a kill has torn is cut off; another one is named."""
     data = path.read_bytes() if path.is_file() else b""
     whole = data[:data.rfind(b"\n") + 1]
     if len(whole) < len(data):
@@ -352,8 +349,7 @@ def load(checkpoint: Path, parts, args) -> int:
 
 
 def save_final(run: Run, args):
-    """final/: the last checkpoint without what training needs, adapters merged into its UNet; and its model
-    card, with the run's table."""
+    """final/: the last checkpoint without what training needs, adapters merged; its card has the table."""
     checkpoint = checkpoints(run.folder)[-1]
     table = run.folder / "table.md"
     card = model_card(args, run.start, table.read_text(encoding="utf-8") if table.is_file() else "")

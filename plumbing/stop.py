@@ -57,8 +57,7 @@ def signals_noted():
 
 
 def if_asked():
-    """Raise Asked where any process has had one of SIGNALS. Called where the weights stand between two
-    epochs, so that the continued run is the undisturbed one."""
+    """Raise Asked where any process has had a signal: between epochs, so that a continued run is the same."""
     asked = sum(parallel.gather(RECEIVED[:1]), [])
     if asked:
         RECEIVED[:] = asked[:1]

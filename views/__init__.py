@@ -11,8 +11,7 @@ NOTED = set()  # what has been said in this process
 
 @contextmanager
 def only_shown(what: str):
-    """Inside, whatever goes wrong, in a library or in a file, is a note: hours of training do not end for a
-    picture."""
+    """Inside, whatever goes wrong, in a library or a file, is a note: no training ends for a picture."""
     try:
         with warnings.catch_warnings(action="ignore"):
             yield

@@ -25,8 +25,7 @@ PLANNED = 256 # unsafe prompts that a run's plan looks at, spread over the file
 
 
 def carried(reward, prompts: list) -> str:
-    """For a run's plan: how many of some unsafe prompts alpha carries past the middle. A target that stays on
-    the unsafe side goes on asking for the unsafe picture."""
+    """For a run's plan: how many of some unsafe prompts alpha carries past the middle."""
     unsafe = [p.text for p in prompts if p.unsafe]
     if not unsafe:
         return ""
@@ -103,8 +102,7 @@ def places(reward, texts: list[str]):
 
 
 def line(name: str, z, carried=None) -> str:
-    """A row of the table: n, their mean, least and largest place, the share on the safe side; and where alpha
-    carries them the median place and the share."""
+    """A row: n, mean, least and largest place, share on the safe side; where carried to, median and share."""
     share = lambda values: f"{(values > 0).float().mean():8.0%}"
     return (f"{name[:32]:32}{len(z):6}{z.mean():8.3f}{z.min():8.3f}{z.max():8.3f}{share(z)}"
             + ("" if carried is None else f"{carried.median():12.3f}{share(carried)}"))
