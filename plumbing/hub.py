@@ -50,5 +50,4 @@ def cause(error: Exception) -> str:
     if answer:
         return f"the hub answers {answer.response.status_code}; try again later"
     said = (str(error).splitlines() or [""])[0][:100]
-    return (f"the hub cannot be reached ({type(error).__name__}: {said}) and the files are not in its cache; "
-            "give a folder, or connect once")
+    return f"the hub cannot be reached ({type(error).__name__}: {said}), its cache lacks them; give a folder"

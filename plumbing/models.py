@@ -43,8 +43,7 @@ def local_folder(flag: str, name: str) -> tuple[Path | None, str]:
     if Path(whole).is_dir():
         return Path(whole) / subfolder, subfolder
     if Path(whole).is_file():
-        raise ValueError(f"{flag} {whole}: a file. Give a folder in diffusers' layout, with safetensors; "
-                         "a checkpoint in one file is refused, since opening a pickle can run code")
+        raise ValueError(f"{flag} {whole}: a file; a pickle can run code. Give a folder with safetensors")
     if whole.startswith((".", "/", "~")) or whole.count("/") != 1 or Path(whole).parent.is_dir():
         raise ValueError(f"{flag} {name}: no such folder")
     return None, subfolder
@@ -118,8 +117,7 @@ def check_weights(folder: Path):
     """Refuse a folder without safetensors, or with a torn one, from their heads."""
     files = list(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no .safetensors file; other formats of weights are refused, since "
-                         "opening a pickle can run code (convert them with save_pretrained)")
+        raise ValueError(f"{folder} holds no .safetensors (save_pretrained makes one); a pickle can run code")
     for file in files:
         try:
             safe_open(file, "pt")
@@ -159,8 +157,7 @@ def find_clip(clip: str, flag: str = "--clip") -> Path:
     folder = folder or fetch(flag, clip.removesuffix(f":{subfolder}"), subfolder, CLIP_FILES) / subfolder
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "clip":
-        raise ValueError(f"{flag} {clip}: a {kind} model; the reward needs a CLIPModel, whose text and image "
-                         "towers project into one space")
+        raise ValueError(f"{flag} {clip}: a {kind} model; a CLIP's text and image project into one space")
     check_weights(folder)
     return folder
 

@@ -133,8 +133,7 @@ def locked(folder: Path):
         if not parallel.rank():
             lock.acquire()
     except Timeout:
-        raise ValueError(f"{folder} is in use by another process: let it end, or stop it, or give another "
-                         "--out") from None
+        raise ValueError(f"{folder} is in use by another process: stop it, or give another --out") from None
     try:
         yield
     finally:
@@ -306,8 +305,7 @@ def write_folder(target: Path, fill, needed: int = 0):
         fill(part)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two: torch's and safetensors' own
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{target} could not be written ({error}). Make room, then "
-                      f"{stop.AGAIN}") from None
+        raise OSError(f"{target} could not be written ({error}). Make room, then {stop.AGAIN}") from None
     if target.exists():
         discard(target)
     part.replace(target)
@@ -367,5 +365,4 @@ def save_final(run: Run, args):
     print("look at  " + ", ".join(str(path) for path in left if path.is_file()))
     command = shlex.join(["python", "sample.py", "--model", str(final), "--compare", args.model,
                           "--steps", str(args.steps), "--guidance", str(args.guidance), "--prompt"])
-    print(f"{final}: open it with StableDiffusionPipeline.from_pretrained; to draw more, base below policy:\n"
-          f"{command} ...")
+    print(f"{final}: for StableDiffusionPipeline.from_pretrained; to draw more, base below:\n{command} ...")
