@@ -286,9 +286,8 @@ def copy_base(model: str, target: Path):
             if path.suffix in (".json", ".txt", ".safetensors"):
                 shutil.copyfile(path, target / name / path.name.replace(".fp16", ""))
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    kept = {name: index[name] for name in (*PARTS, "_class_name", "_diffusers_version") if name in index}
-    kept |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
-    write_text(target / "model_index.json", json.dumps(kept | {"requires_safety_checker": False}, indent=2))
+    index |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
+    write_text(target / "model_index.json", json.dumps(index | {"requires_safety_checker": False}, indent=2))
 
 
 def write_folder(target: Path, fill, needed: int = 0):
