@@ -113,36 +113,33 @@ def column_name(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip(" \t\"'").lower())  # "Sensitive Prompt" is sensitive_prompt
 
 
-def read_csv(text: str) -> list[tuple[int, list]]:
+def read_csv(text: str):
     """The rows as (line, [(column, cell), ...]). What separates cells is the header's most frequent mark."""
     mark = max(",;\t", key=text.lstrip().partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True, skipinitialspace=True)
-    rows, header, line = [], [], 1
+    header, line = [], 1
     try:
         for cells in reader:
-            header = header or cells
-            if cells and len(cells) != len(header):
-                raise csv.Error(f"{len(cells)} fields, the header has {len(header)}: {', '.join(header)!r}")
-            rows.append((line, list(zip(header, cells))))
-            line = reader.line_num + 1
+            if cells and header:  # below it, and no empty line
+                if len(cells) != len(header):
+                    raise csv.Error(f"{len(cells)} fields, the header has {len(header)}: {header}")
+                yield line, list(zip(header, cells))
+            header, line = header or cells, reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"line {line}: {error}; quote a field that holds {mark!r} or a quote") from None
-    return [row for row in rows if row[1]][1:]  # without the header and empty lines
 
 
-def read_objects(text: str) -> list[tuple[int, list]]:
+def read_objects(text: str):
     """The objects of a JSONL as (line, [(name, value), ...])."""
-    rows = []
     for line, content in enumerate(text.split("\n"), 1):
         if content.strip():
             try:
-                rows.append((line, list(json.loads(content, strict=False).items())))
+                yield line, list(json.loads(content, strict=False).items())
             except (ValueError, RecursionError, AttributeError) as error:
                 raise ValueError(f"line {line}: not JSON ({error}); expected one object a line") from None
-    return rows
 
 
-def table_records(path, rows: list[tuple[int, list]], used: tuple) -> list[Record]:
+def table_records(path, rows, used: tuple) -> list[Record]:
     """A table's records. A column that is known is there in every row; its cell may be empty."""
     table = []
     for line, cells in rows:
@@ -153,7 +150,7 @@ def table_records(path, rows: list[tuple[int, list]], used: tuple) -> list[Recor
     names = dict.fromkeys(name for _, row in table for name in row)
     held = {need: column(names, need) for need in COLUMNS}
     prompt, category = held["prompt"], held["categories"]
-    if rows and not prompt:
+    if table and not prompt:
         raise ValueError(f"line 1: no column {' or '.join(COLUMNS['prompt'])}; it has {', '.join(names)!r}")
     looked_at = {prompt, category, *(held.get(need, need) for need in used)}
     if unused := [name for name in names if name not in looked_at]:
