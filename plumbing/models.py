@@ -107,9 +107,8 @@ def check_model(flag: str, model: str):
     channels = [unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)]
     widths = [unet.get("cross_attention_dim"), text.get("text_config", text).get("hidden_size", 512)]
     if len(set(channels)) > 1 or len(set(widths)) > 1 or not unet.get("sample_size"):
-        raise ValueError(f"{flag} {model}: channels into and out of its UNet and of its VAE are {channels}, "
-                         f"text widths of UNet and encoder {widths}, sample_size {unet.get('sample_size')}: "
-                         "no Stable Diffusion 1.x or 2.x for text to image")
+        raise ValueError(f"{flag} {model}: no Stable Diffusion 1.x or 2.x, text to image (channels of UNet "
+                         f"and VAE {channels}, text widths {widths}, sample_size {unet.get('sample_size')})")
     return read_scheduler(folder / "scheduler" / "scheduler_config.json")
 
 

@@ -42,8 +42,7 @@ from plumbing.card import model_card
 from plumbing.hub import PARTS
 from plumbing.models import ADAPTERS, find_clip, load_pipeline, local_folder, tensor_bytes, trace, trained
 
-FILES = ("flags.json", "metrics.jsonl", "curves.png", "pictures-*", "table.md", "base",
-         "checkpoint-*", "final")
+FILES = "flags.json metrics.jsonl curves.png pictures-* table.md base checkpoint-* final".split()
 UNET = "diffusion_pytorch_model.safetensors"
 LIBRARIES = ("torch", "diffusers", "transformers")
 SAVE_SECONDS = 1800  # the most that an error or a power cut may cost, and a rollout

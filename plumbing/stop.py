@@ -96,10 +96,9 @@ def ending(reason: Exception, checkpoint: Path) -> BaseException:
     if isinstance(reason, Asked):
         print(f"stopped, in {checkpoint}; to continue:\n{resume_command()}", flush=True)
         return SystemExit(128 + RECEIVED[0])
-    return ValueError(f"{reason}\nThe last good state is {checkpoint}. "
-                      "The same flags meet the same number again: lower --learning-rate or --max-grad-norm, "
-                      "or try --precision float32 (a changed flag is to be changed in state.json too), then\n"
-                      f"{resume_command()}")
+    return ValueError(f"{reason}\nThe last good state is {checkpoint}. The same flags meet the same number "
+                      "again: lower --learning-rate or --max-grad-norm, or try --precision float32, in "
+                      f"state.json too, then\n{resume_command()}")
 
 
 def run_script(name: str, main):

@@ -97,7 +97,7 @@ def picture_prompts(prompts, most: int = 8) -> list:
 
 
 def draw_both(parts, prompts: list, args, key: str) -> list:
-    """Pictures (N, 3, H, W) on the CPU by base and by what is learnt, on one noise for each `key` and number."""
+    """Pictures (N, 3, H, W) on the CPU by base and by what is learnt, on one noise for `key` and number."""
     def drawn_by(unet):
         generators = [image_generator(args.seed, key, i) for i in range(len(prompts))]
         _, images = draw(parts.pipe, unet, parts.schedule, [p.text for p in prompts], generators,
