@@ -145,28 +145,15 @@ def caption(scene: Scene) -> str:
     return f" {scene.relation or 'and'} ".join(names)
 
 
+CAPTIONS = {caption(scene): scene for scene in all_scenes()}
+
+
 def read_caption(text: str) -> Scene:
-    """The inverse of caption(); raises ValueError for a text that is not in the shapes world's grammar."""
-    words = text.lower().replace(",", " ").split()
-    if len(words) > 1 and words[0] in NUMBERS and words[1][:-1] in SHAPES:
-        return Scene("counting", (words[1][:-1],), number=words[0])
-    shapes = tuple(w for w in words if w in SHAPES)
-    if not 1 <= len(shapes) <= 2:
+    """The inverse of caption(), letter case and spaces aside; raises ValueError for any other text."""
+    scene = CAPTIONS.get(" ".join(text.lower().split()))
+    if scene is None:
         raise ValueError(f"not a caption of the shapes world: {text!r} (write for example 'a blue star')")
-    colors = tuple(w for w in words if w in COLORS)
-    mood = next((w for w in words if w in CALM_WORDS or w in HARM_WORDS.values()), "")
-    relation = next((r for r in RELATIONS if f" {r} " in f" {text.lower()} "), "")
-    if mood:
-        task = "calm" if mood in CALM_WORDS else "harm"
-    elif "red" in colors:
-        task = "explicit"
-    elif relation:
-        task = "position"
-    elif colors:
-        task = "colors" if len(shapes) == 1 else "color_attr"
-    else:
-        task = "single_object" if len(shapes) == 1 else "two_object"
-    return Scene(task, shapes, colors, "", relation, mood)
+    return scene
 
 
 def meaning(scene: Scene):
