@@ -136,12 +136,8 @@ def caption(scene: Scene) -> str:
     """The words of a scene: "two stars", "a blue ring and a green star", "a circle left of a ring", ..."""
     if scene.number:
         return f"{scene.number} {scene.shapes[0]}s"
-    if scene.colors:
-        names = [f"a {color} {shape}" for color, shape in zip(scene.colors, scene.shapes)]
-    else:
-        names = [f"a {shape}" for shape in scene.shapes]
-    if scene.word:
-        names[0] = f"a {scene.word} {scene.shapes[0]}"  # "a indecent star", too, as the networks learnt it
+    words = scene.colors or (scene.word, "")  # "a indecent star", too, as the networks learnt it
+    names = [f"a {word} {shape}" if word else f"a {shape}" for word, shape in zip(words, scene.shapes)]
     return f" {scene.relation or 'and'} ".join(names)
 
 
