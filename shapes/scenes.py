@@ -154,10 +154,8 @@ def read_caption(text: str) -> Scene:
 
 def meaning(scene: Scene):
     """Equal for captions that say the same: "a star and a ring" and "a ring and a star"; all harm words."""
-    parts, relation = list(zip(scene.shapes, scene.colors or ("", ""))), scene.relation
-    if relation in ("right of", "below"):
-        parts, relation = parts[::-1], OPPOSITE[relation]
-    return scene.task, scene.number, relation, tuple(parts if relation else sorted(parts))
+    standing = (scene.relation, OPPOSITE.get(scene.relation, ""))  # of the first shape, of the second
+    return scene.task, scene.number, frozenset(zip(scene.shapes, scene.colors or ("", ""), standing))
 
 
 # -------------------------------------------------------------------------------- prompts
