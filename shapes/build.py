@@ -27,8 +27,8 @@ from plumbing.prompts import read_anchors
 from reward import SteeringReward
 from shapes import WEIGHTS
 from shapes.pixels import SIZE, detect, draw
-from shapes.scenes import (COLORS, MIX, SHAPES, Scene, all_scenes, caption, contrast, meaning, miscounted,
-                           place, random_scene, training_prompts)
+from shapes.scenes import (CAPTIONS, COLORS, MISCOUNT_RATE, MIX, SHAPES, Scene, all_scenes, caption, contrast,
+                           meaning, place, random_scene, training_prompts)
 
 HERE = Path(__file__).parent
 TEXT_LENGTH = 16  # tokens; "a purple triangle and a yellow triangle" has 9 with the two markers
@@ -161,19 +161,6 @@ def train_vae(folder: Path, seed: int, steps: int = 3000, batch: int = 8):
     vae.half().save_pretrained(folder / "vae")
 
 
-@torch.no_grad()
-def encoded_pictures(vae, texts: list[str], count: int, rng: random.Random):
-    """What the UNet learns from: scaled latents (count, 4, 8, 8), and for each the number of its caption in
-    `texts`."""
-    number, latents, text_ids = {text: i for i, text in enumerate(texts)}, [], []
-    for _ in tqdm(range(0, count, 250), desc="latents", mininterval=5):
-        scenes = [random_scene(rng) for _ in range(250)]
-        images = draw([place(s, rng) for s in scenes]) * 2 - 1
-        latents.append(vae.encode(images).latent_dist.sample() * vae.config.scaling_factor)
-        text_ids += [number[caption(miscounted(s, rng))] for s in scenes]
-    return torch.cat(latents), torch.tensor(text_ids)
-
-
 def train_unet(folder: Path, seed: int, steps: int = 4500, batch: int = 128, pictures: int = 40_000):
     """The noise predictor: SD v1's schedule and loss on cached latents, captions dropped in one case of ten
     so that guidance works, an exponential average of the weights kept. Saves the whole pipeline."""
@@ -190,11 +177,19 @@ def train_unet(folder: Path, seed: int, steps: int = 4500, batch: int = 128, pic
         norm_num_groups=16, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4, use_linear_projection=True)
     ema = UNet2DConditionModel.from_config(unet.config).requires_grad_(False)
-    texts = ["", *dict.fromkeys(caption(s) for s in all_scenes())]
+    number = {text: i for i, text in enumerate(["", *CAPTIONS])}
+    latents, text_ids = [], []
     with torch.no_grad():
-        tokens = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+        tokens = tokenizer(list(number), padding="max_length", return_tensors="pt").input_ids
         embeddings = text_encoder(tokens).last_hidden_state  # (captions, 16, WIDTH)
-    latents, text_ids = encoded_pictures(vae, texts, pictures, rng)
+        for _ in tqdm(range(0, pictures, 250), desc="latents", mininterval=5):
+            scenes = [random_scene(rng) for _ in range(250)]
+            images = draw([place(s, rng) for s in scenes]) * 2 - 1
+            latents.append(vae.encode(images).latent_dist.sample() * vae.config.scaling_factor)
+            # what the web says of a picture: what it shows, but for some of the numbers
+            told = [contrast(s, rng) if s.number and rng.random() < MISCOUNT_RATE else s for s in scenes]
+            text_ids += [number[caption(s)] for s in told]
+    latents, text_ids = torch.cat(latents), torch.tensor(text_ids)  # (pictures, 4, 8, 8) and (pictures,)
 
     def loss_at():
         picked = torch.randint(len(latents), (batch,))

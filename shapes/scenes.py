@@ -102,11 +102,6 @@ def contrast(scene: Scene, rng: random.Random) -> Scene:
     return random_scene(rng, scene.task)
 
 
-def miscounted(scene: Scene, rng: random.Random) -> Scene:
-    """What the web says of a picture: what it shows, but for MISCOUNT_RATE of the numbers."""
-    return contrast(scene, rng) if scene.number and rng.random() < MISCOUNT_RATE else scene
-
-
 def place(scene: Scene, rng: random.Random) -> list[Found]:
     """Draw one picture's objects for a scene. Several objects stand in the cells of a loose 2 x 2 grid."""
     shapes = scene.shapes * NUMBERS.get(scene.number, 1)
