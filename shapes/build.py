@@ -107,10 +107,8 @@ def train_clip(folder: Path, seed: int, steps: int = 1250, batch: int = 192):
         target = torch.arange(batch)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    def bound_the_scale(step):  # to 100, as CLIP does
-        clip.logit_scale.data.clamp_(max=math.log(100))
-
-    fit("clip", clip.parameters(), steps, 1e-3, loss_at, bound_the_scale)
+    fit("clip", clip.parameters(), steps, 1e-3, loss_at,
+        after=lambda step: clip.logit_scale.data.clamp_(max=math.log(100)))  # as CLIP does
     clip.half().save_pretrained(folder / "clip")
     save_tokenizer(tokenizer, folder / "clip")
     CLIPImageProcessor(size={"shortest_edge": CLIP_SIZE}, crop_size=CLIP_SIZE, image_mean=[0.5] * 3,
