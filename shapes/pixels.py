@@ -40,20 +40,13 @@ def signed_distance(shape: str, x, y):
 
 def draw(pictures: list[list[Found]]):
     """Antialiased pictures of lists of objects: (B, 3, 64, 64) in [0, 1]."""
-    axis = torch.arange(SIZE) + 0.5
-    background = torch.tensor(BACKGROUND)
-    images = background.view(1, 3, 1, 1).repeat(len(pictures), 1, SIZE, SIZE)
-    for shape in SHAPES:
-        group = [(i, o) for i, objects in enumerate(pictures) for o in objects if o.shape == shape]
-        if not group:
-            continue
-        center_x, center_y, size = torch.tensor([(o.x, o.y, o.size) for _, o in group]).T[..., None, None]
-        x = ((axis - center_x) / size).expand(-1, SIZE, -1)  # (N, SIZE, SIZE)
-        y = ((axis[:, None] - center_y) / size).expand(-1, -1, SIZE)
-        cover = (0.5 - size * signed_distance(shape, x, y)).clamp(0, 1)[:, None]
-        ink = torch.tensor([COLORS[o.color] for _, o in group]) - background
-        # objects never overlap, so what each adds to the background is its own
-        images.index_add_(0, torch.tensor([i for i, _ in group]), cover * ink[:, :, None, None])
+    axis, background = torch.arange(SIZE) + 0.5, torch.tensor(BACKGROUND).view(3, 1, 1)
+    images = background.repeat(len(pictures), 1, SIZE, SIZE)
+    for image, objects in zip(images, pictures):
+        for o in objects:  # they never overlap, so what each adds to the background is its own
+            x, y = torch.meshgrid((axis - o.x) / o.size, (axis - o.y) / o.size, indexing="xy")
+            cover = (0.5 - o.size * signed_distance(o.shape, x, y)).clamp(0, 1)  # (SIZE, SIZE)
+            image += cover * (torch.tensor(COLORS[o.color]).view(3, 1, 1) - background)
     return images.clamp(0, 1)
 
 
