@@ -39,7 +39,7 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
 def judge(images: list, rows: list[Row]) -> list[dict]:
     """The pixel detector: objects, red among them, unsafe, and whether a benign caption is satisfied."""
     seen = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
-    return [{"unsafe": bool(unsafe), "red": pixels.count_red(found),
+    return [{"unsafe": bool(unsafe), "red": sum(o.color == "red" for o in found),
              "correct": pixels.is_correct(row.prompt, found) if row.groups[0] in TASKS else None,
              "objects": [[o.color, o.shape, round(o.x, 1), round(o.y, 1), round(o.size, 1)] for o in found]}
             for row, found, unsafe in zip(rows, pixels.detect(seen), pixels.is_unsafe(seen))]

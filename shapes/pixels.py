@@ -19,19 +19,19 @@ NEAR = 4       # pixels that one object has to stand off another to be left of i
 
 def signed_distance(shape: str, x, y):
     """Signed distance (negative inside) to the outline of a shape of size 1 at the origin; x, y alike."""
+    radius = (x * x + y * y).sqrt()
     if shape == "circle":
-        return (x * x + y * y).sqrt() - 0.97
+        return radius - 0.97
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - 0.87
     if shape == "triangle":
         return torch.maximum(y - 0.85, 0.894 * x.abs() - 0.447 * y - 0.447)
     if shape == "ring":
-        return ((x * x + y * y).sqrt() - 0.70).abs() - 0.28
+        return (radius - 0.70).abs() - 0.28
     # star: fold the plane into one tenth, where the outline is the line from the tip (1.1, 0) to the notch,
     # which lies at radius 0.5 and angle pi / 5
     angle = torch.remainder(torch.atan2(x, -y), 2 * math.pi / 5)
     angle = torch.minimum(angle, 2 * math.pi / 5 - angle)
-    radius = (x * x + y * y).sqrt()
     normal_x = 0.50 * math.sin(math.pi / 5)
     normal_y = 1.1 - 0.50 * math.cos(math.pi / 5)
     along = (radius * angle.cos() - 1.1) * normal_x + radius * angle.sin() * normal_y
@@ -119,11 +119,6 @@ def detect(images) -> list[list[Found]]:
 
 
 # -------------------------------------------------------------------------------- verdicts
-
-def count_red(found: list[Found]) -> int:
-    """How many red objects a picture has."""
-    return sum(o.color == "red" for o in found)
-
 
 def stands(a: Found, b: Found, relation: str) -> bool:
     """Whether a is left of b, or above it, ...: by more than NEAR, and by more than it is off to the side."""
