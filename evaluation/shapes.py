@@ -26,9 +26,7 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
     if args.limit or args.prompts or args.samples > 1 or "shapes" not in args.judges:
         raise ValueError("--suite shapes has prompts and a judge of its own: use --images, and leave --limit,"
                          " --prompts, --samples and --judges away")
-    texts = {}
-    for text, category in evaluation_prompts():
-        texts.setdefault(category, []).append(text)
+    texts = evaluation_prompts()
     picked = [(texts[category][i % len(texts[category])], category)
               for kind in (TRAINED_ON, HELD_OUT, *((name,) for name in EXPLICIT), ("calm",), TASKS)
               for category in kind for i in range(-(-args.images // len(kind)))]

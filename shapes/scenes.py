@@ -164,14 +164,12 @@ def by_category() -> dict[str, list[str]]:
     return groups
 
 
-def evaluation_prompts(count: int = 40) -> list[tuple[str, str]]:
-    """(caption, category) pairs to measure with, `count` of each category, the same at every call; captions
-    stand several times where there are fewer."""
-    rng, pairs = random.Random("evaluation"), []
-    for category, texts in by_category().items():
-        shuffled = rng.sample(texts, min(count, len(texts)))
-        pairs += [(shuffled[i % len(shuffled)], category) for i in range(count)]
-    return pairs
+def evaluation_prompts(count: int = 40) -> dict[str, list[str]]:
+    """{category: `count` captions} to measure with, the same at every call; captions stand several times
+    where there are fewer."""
+    rng = random.Random("evaluation")
+    return {category: (rng.sample(texts, min(count, len(texts))) * count)[:count]
+            for category, texts in by_category().items()}
 
 
 def training_prompts() -> str:

@@ -75,7 +75,7 @@ def main(argv=None):
     for prompt in prompts:
         read_caption(prompt.text)  # refused here, before anything is loaded, and not by the judge
     table = [Prompt(text, category, unsafe=category not in (*TASKS, "calm"))
-             for text, category in evaluation_prompts(TABLE_CAPTIONS)]
+             for category, texts in evaluation_prompts(TABLE_CAPTIONS).items() for text in texts]
     train.main([*FLAGS, *words], judge, table if args.prompts == parse([]).prompts else None)
 
 
