@@ -39,16 +39,9 @@ def flags(own, words: list):
 
 
 def an_epoch(own, words: list) -> dict:
-    """After one to warm up: the log's figures, seconds by phase and ratio_dev_first among them, and the GPU's
-    peak by phase. Under the default flags first the phases beside their floor, as bench.speed has them."""
+    """bench.speed's figures of one epoch after one to warm up."""
     args = flags(own, words)
-    parts = speed.set_up(args, None if own.small else "sd14")
-    told = {} if words else speed.measure(args, parts, 1)
-    for epoch in range(2, 3 + bool(words)):
-        clock = log.Clock(parts.device)
-        figures, _ = train.one_epoch(parts, args, epoch, clock)
-    figures |= clock.figures(args.prompts_per_rollout * args.group)
-    return told | {"figures": figures, "peak_gib": clock.peaks}
+    return speed.measure(args, speed.set_up(args, None if own.small else "sd14"), 1)
 
 
 def counted(own, words: list) -> dict:

@@ -87,14 +87,15 @@ def set_up(args, arch: str | None = None) -> train.Parts:
 
 
 def measure(args, parts, repeats: int) -> dict:
-    """Program and floor in turn, after one epoch of each to warm up."""
+    """Program and floor in turn, after one epoch of each to warm up; and the last epoch's figures of the log,
+    ratio_dev_first among them."""
     calls = {name: [] for name in PHASES}
     train.one_epoch(parts, args, 0, lambda name: recorded(parts, calls[name]))
     floor(parts, calls, lambda name: nullcontext())
     ours, bare = [], []
     for repeat in range(repeats):
         ours.append(log.Clock(parts.device))
-        train.one_epoch(parts, args, 1 + repeat, ours[-1])
+        figures, _ = train.one_epoch(parts, args, 1 + repeat, ours[-1])
         bare.append(log.Clock(parts.device))
         floor(parts, calls, bare[-1])
 
@@ -104,7 +105,8 @@ def measure(args, parts, repeats: int) -> dict:
                 "peak_gib": max(clock.peaks.get(name) or 0 for clock in ours for name in names)}
     made = [network for name in PHASES for network, _, _ in calls[name]]
     return {"phases": {name: measured([name]) for name in PHASES} | {"epoch": measured(PHASES)},
-            "calls": {network: made.count(network) for network in networks(parts)}}
+            "calls": {network: made.count(network) for network in networks(parts)},
+            "figures": figures | ours[-1].figures(args.prompts_per_rollout * args.group)}
 
 
 def show(result: dict):
