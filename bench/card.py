@@ -19,7 +19,7 @@ import torch
 import evaluate
 import shapes.train
 import train
-from bench import memory, speed
+from bench import speed
 from bench.sd14 import sd14_pipeline
 from evaluation import results
 from plumbing import log, run, stop
@@ -32,21 +32,11 @@ VARIANTS = {"default": [], "micro-batch 8": ["--micro-batch", "8", "--sample-bat
             "no checkpointing": ["--no-checkpointing"], "lora-rank 16": ["--lora-rank", "16"]}
 
 
-def flags(own, words: list):
-    args = train.parse_args([*([*shapes.train.FLAGS, *TINY] if own.small else EPOCH), *words])
-    choose_device(args)
-    return args
-
-
 def an_epoch(own, words: list) -> dict:
     """bench.speed's figures of one epoch after one to warm up."""
-    args = flags(own, words)
+    args = train.parse_args([*([*shapes.train.FLAGS, *TINY] if own.small else EPOCH), *words])
+    choose_device(args)
     return speed.measure(args, speed.set_up(args, None if own.small else "sd14"), 1)
-
-
-def counted(own, words: list) -> dict:
-    """GiB at the peak of that epoch's phases, as bench.memory counts them for Stable Diffusion."""
-    return {name: peak / memory.GIB for name, (_, peak) in memory.count_sd14(flags(own, words)).items()}
 
 
 def a_run(own) -> dict:
@@ -91,8 +81,6 @@ def main(argv=None):
     steps = {f"epoch, {name}": partial(an_epoch, own, words) for name, words in VARIANTS.items()}
     steps |= {"run, resumed": partial(a_run, own), "drawing, float32": partial(drawn, own, "float32"),
               "drawing, bfloat16": partial(drawn, own, "bfloat16"), "shapes world": partial(shapes_run, own)}
-    if not own.small:
-        steps |= {f"count, {name}": partial(counted, own, words) for name, words in VARIANTS.items()}
     report = {"commit": log.commit(), "torch": torch.__version__, "steps": {},
               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
     own.out.mkdir(parents=True, exist_ok=True)

@@ -133,21 +133,16 @@ def count(args, pipe, clip) -> dict:
     return peaks
 
 
-def count_sd14(args) -> dict:
-    """`count` of Stable Diffusion v1.4 and ViT-H/14 under a run's flags, as on a GPU."""
-    args.precision, args.device = args.precision or "bf16", "cuda"
-    pipe, (clip, *_) = sd14_pipeline("meta"), vit_h14("meta", torch.float16)
-    pipe.unet.to(memory_format=torch.channels_last)  # as make_policy has it on a GPU
-    with as_on_a_gpu():
-        return count(args, pipe, clip)
-
-
 def main(argv=None):
     args = train.parse_args(argv)
     print(log.heading())
     if args.model != train.parse_args([]).model:
         raise ValueError(f"--model {args.model}: leave --model out, Stable Diffusion v1.4 is what is counted")
-    peaks = count_sd14(args)
+    args.precision, args.device = args.precision or "bf16", "cuda"
+    pipe, (clip, *_) = sd14_pipeline("meta"), vit_h14("meta", torch.float16)
+    pipe.unet.to(memory_format=torch.channels_last)  # as make_policy has it on a GPU
+    with as_on_a_gpu():
+        peaks = count(args, pipe, clip)
     print(f"Stable Diffusion v1.4 and ViT-H/14, {args.prompts_per_rollout} x {args.group} pictures, "
           f"{args.steps} steps, {args.precision}; GiB\n")
     print("| phase | held before | peak |\n|---|---|---|")
