@@ -79,28 +79,13 @@ def give_gradients(policy):
         weight.grad = torch.empty_like(weight)
 
 
-def fake_run(args, pipe, policy, base):
-    """Parts and Rollout as an update takes them, of fake tensors, without what it does not touch."""
-    optimizer = torch.optim.AdamW(trained(policy), fused=True)
-    give_gradients(policy)
-    optimizer.step()  # so that there are moments
-    optimizer.zero_grad(set_to_none=True)
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    schedule = Schedule(torch.zeros(args.steps).long(), *torch.zeros(3, args.steps))
-    shape, images = latent_shape(pipe.unet), args.prompts_per_rollout * args.group
-    parts = train.Parts(torch.device("cpu"), dtype, None, pipe, schedule, policy, base,
-                        make_average(policy, args.ema), optimizer, [], shape)
-    text = torch.empty(images, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
-    batch = Rollout(torch.empty(images, args.steps + 1, *shape), torch.empty(images, args.steps),
-                    text, torch.empty_like(text[:1]), names=[""] * images)
-    return parts, batch
-
-
 def count(args, pipe, clip) -> dict:
     """{phase: (bytes held before it, bytes at its peak)}: a batch of sampling, all pictures decoded, some
     scored, the second micro-batch of an update, which adds to the first's gradients, and its step. Called is
     what sample.rollout and train.update call, since they read values. pipe and clip lose their weights."""
     policy, base = make_policy(pipe.unet, args, torch.device("meta"))
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    shape, images = latent_shape(pipe.unet), args.prompts_per_rollout * args.group
     size, peaks = clip.config.vision_config.image_size, {}
 
     @contextmanager
@@ -112,7 +97,16 @@ def count(args, pipe, clip) -> dict:
     with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
         for network in {policy, base, pipe.vae, pipe.text_encoder, clip}:
             network.to_empty(device="cpu")  # which gives fake weights in here
-        parts, batch = fake_run(args, pipe, policy, base)
+        optimizer = torch.optim.AdamW(trained(policy), fused=True)
+        give_gradients(policy)
+        optimizer.step()  # so that there are moments
+        optimizer.zero_grad(set_to_none=True)
+        schedule = Schedule(torch.zeros(args.steps).long(), *torch.zeros(3, args.steps))
+        parts = train.Parts(torch.device("cpu"), dtype, None, pipe, schedule, policy, base,
+                            make_average(policy, args.ema), optimizer, [], shape)
+        text = torch.empty(images, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
+        batch = Rollout(torch.empty(images, args.steps + 1, *shape), torch.empty(images, args.steps),
+                        text, torch.empty_like(text[:1]), names=[""] * images)
         with torch.no_grad(), autocast(parts.device, parts.dtype):
             with phase("sample"):
                 x, text = batch.latents[:args.sample_batch, 0], batch.text[:args.sample_batch]
