@@ -23,10 +23,8 @@ def sd14_pipeline(device, sample_size: int = 64) -> StableDiffusionPipeline:
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
                             down_block_types=("DownEncoderBlock2D",) * 4,
                             up_block_types=("UpDecoderBlock2D",) * 4)
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072,
-                                            num_hidden_layers=12, num_attention_heads=12, eos_token_id=49407))
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+        text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+    scheduler = DDIMScheduler.from_pretrained(WEIGHTS / "scheduler")  # the shapes world has the real one's
     pipe = StableDiffusionPipeline(vae, text, stand_in_tokenizer(), unet, scheduler, None, None,
                                    requires_safety_checker=False)
     for part in (unet, vae, text):
