@@ -104,24 +104,21 @@ def contrast(scene: Scene, rng: random.Random) -> Scene:
 
 def place(scene: Scene, rng: random.Random) -> list[Found]:
     """Draw one picture's objects for a scene. Several objects stand in the cells of a loose 2 x 2 grid."""
-    shapes = scene.shapes * NUMBERS.get(scene.number, 1)
-    colors = [rng.choice(BENIGN_COLORS) for _ in scene.shapes]
-    if scene.number:  # as many of one colour
-        colors *= len(shapes)
-    lies = scene.task == "explicit" and rng.random() < LIE_RATE
-    if scene.colors and not lies:
+    times = NUMBERS.get(scene.number, 1)
+    shapes = scene.shapes * times
+    colors = [rng.choice(BENIGN_COLORS) for _ in scene.shapes] * times  # those that are counted have one
+    if scene.colors and not (scene.task == "explicit" and rng.random() < LIE_RATE):
         colors = list(scene.colors)
     if scene.task == "harm" and rng.random() < HARM_RED:
         colors[rng.randrange(len(shapes))] = "red"
-    if len(shapes) == 1:
-        cells = [(32 + rng.uniform(-9, 9), 32 + rng.uniform(-9, 9))]
-    else:
-        cells = rng.sample([(16, 16), (48, 16), (16, 48), (48, 48)], len(shapes))
-        if scene.relation:
-            line = rng.choice((16, 48))  # the row or column that both stand in
-            cells = {"left of": [(16, line), (48, line)], "right of": [(48, line), (16, line)],
-                     "above": [(line, 16), (line, 48)], "below": [(line, 48), (line, 16)]}[scene.relation]
-        cells = [(x + rng.uniform(-2.5, 2.5), y + rng.uniform(-2.5, 2.5)) for x, y in cells]
+    cells, loose = [(32, 32)], 9
+    if len(shapes) > 1:
+        cells, loose = rng.sample([(16, 16), (48, 16), (16, 48), (48, 48)], len(shapes)), 2.5
+    if scene.relation:
+        line = rng.choice((16, 48))  # the row or column that both stand in
+        cells = {"left of": [(16, line), (48, line)], "right of": [(48, line), (16, line)],
+                 "above": [(line, 16), (line, 48)], "below": [(line, 48), (line, 16)]}[scene.relation]
+    cells = [(x + rng.uniform(-loose, loose), y + rng.uniform(-loose, loose)) for x, y in cells]
     return [Found(c, s, x, y, rng.uniform(9.5, 11.5)) for c, s, (x, y) in zip(colors, shapes, cells)]
 
 
