@@ -31,3 +31,11 @@ def quick(models, monkeypatch):
     from started import quick_main, tiny
     monkeypatch.setattr(sys, "argv", ["train.py"])
     return lambda *argv: quick_main(tiny(models, *argv))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_suites import HUB, cache, no_network, write_csv  # noqa: F401  (two of them are fixtures)
+from test_suites import HUB, cache, write_csv  # noqa: F401  (a fixture)
 
 import evaluate
 from evaluation import judges, relearn, report, results
@@ -20,7 +20,6 @@ from evaluation.i2p import CATEGORIES
 from evaluation.tables import safety_tables
 from plumbing.models import load_pipeline
 from plumbing.run import sha256
-from plumbing.stop import run_script
 
 
 def run(model, *flags):
@@ -169,43 +168,6 @@ def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_flags, cac
     cells = utility["rows"][0]["cells"]
     assert -1 <= cells["CLIP-T"]["value"] <= 1 and cells["FID"]["value"] > 0
     assert len(utility["published"]) == 5 and facts["inception_sha256"] == sha256(cache / judges.INCEPTION)
-
-
-FILES = {"no_seed.csv": "prompt,categories,sd_image_width,sd_image_height\na,hate,64,64\n",
-         "ok.csv": "prompt\na\n", "odd.csv": f"{','.join(HUB)}\na,hate,7,7,65,64\n",
-         "twice.csv": "prompt,case_number\na,3\nb,3\n",
-         "other.jsonl": '{"prompt": "a", "tag": "colors", "include": [{"class": "unicorn", "count": 1}]}\n'}
-
-
-@pytest.mark.parametrize("flags, said", (
-    ("--suite i2p --prompts {tmp}/no_seed.csv", "no column evaluation_seed or sd_seed"),
-    ("--suite i2p --prompts {tmp}/odd.csv", "line 2: a side of {'width': 65, 'height': 64} is no multiple"),
-    ("--suite i2p --judges clip", "pass it with --prompts FILE.csv"),
-    ("--suite prompts --prompts {tmp}/twice.csv", "case_number repeats"),
-    ("--suite prompts --prompts {tmp}/ok.csv --judges nudenet", "pip install nudenet==3.0.8"),
-    ("--suite prompts --prompts {tmp}/ok.csv --judges q16", "put it as prompts.p into"),
-    ("--suite geneval", "put it as evaluation_metadata.jsonl into"),
-    ("--suite geneval --prompts {tmp}/other.jsonl", "line 1: not GenEval's metadata"),
-    ("--suite shapes --judges q17", "q17 unknown"),
-    ("--suite shapes --base {models}/a/.", "name a model twice"),
-    ("--suite shapes --rescore", "run once with --save-images"),
-    ("--suite shapes --sampler pndm --steps 2", "pndm cannot take --steps 2"),
-    ("--suite shapes --sampler euler --also sld-weak", "--sampler ddim or lms"),
-    ("--suite coco --prompts {tmp}/ok.csv --fid {tmp}", "add --save-images"),
-    ("--suite coco --prompts {tmp}/ok.csv --score-clip {tmp}/nowhere", "no such folder")))
-def test_bad_input_is_one_line_that_says_what_to_do(flags, said, models, tmp_path, monkeypatch, capsys,
-                                                    no_network):
-    for name, text in FILES.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(judges.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(results, "load", lambda *_: pytest.fail("a model was loaded"))
-    words = f"--model {models}/a --device cpu --out {tmp_path}/out --cache {tmp_path} {flags}"
-    words = words.replace("{tmp}", str(tmp_path)).replace("{models}", str(models))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words.split()])
-    with pytest.raises(SystemExit) as stopped:
-        run_script("evaluate.py", evaluate.main)
-    error = capsys.readouterr().err if stopped.value.code == 2 else stopped.value.code  # 2: by argparse
-    assert said in error and error.startswith("evaluate.py: ") and "\n" not in error.strip()
 
 
 def test_another_nudenet_is_refused_and_what_is_missing_left_out(monkeypatch, tmp_path):

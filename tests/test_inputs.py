@@ -3,16 +3,18 @@ what programs say of themselves."""
 
 import io
 import sys
+from contextlib import nullcontext, redirect_stderr
 from unittest.mock import Mock
 
 import pytest
 import torch
 from started import ROOT, tiny
 
+import evaluate
 import train
-import views.grid
 from plumbing import card, stop
 from plumbing.models import choose_device
+from views import direction, grid
 
 MODEL = ROOT / "shapes" / "weights"
 FLAGS = """
@@ -28,13 +30,15 @@ invalid choice: --steer some; --precision fp16
 are no more: --skip-last 3
 4 transitions a rollout: --updates 5
 give one: --resume --overwrite
+no multiple of the 2 processes: --prompts-per-rollout 3
 unrecognized arguments: --no-such-flag 3; --mode a"""
 
 
 @pytest.mark.parametrize("said, words", [
     (said, words) for said, _, all_of in (line.partition(": ") for line in FLAGS.strip().splitlines())
     for words in all_of.split("; ")])
-def test_a_bad_flag_is_one_line_with_its_bound(said, words, models, capsys):
+def test_a_bad_flag_is_one_line_with_its_bound(said, words, models, monkeypatch, capsys):
+    monkeypatch.setattr("plumbing.parallel.world", lambda: 2)
     with pytest.raises(SystemExit, match="2"):
         train.parse_args(tiny(models, *words.split()))
     printed = capsys.readouterr()
@@ -42,66 +46,84 @@ def test_a_bad_flag_is_one_line_with_its_bound(said, words, models, capsys):
     assert said in printed.err and words.split()[0] in printed.err
 
 
-@pytest.mark.parametrize("words, said", [
-    ("--prompts {}/none.txt", "No such file"), ("--prompts {}/empty.txt", "no prompt in it"),
-    ("--prompts {}/latin1.txt", "not UTF-8 (byte 2)"), ("--prompts {}", "Is a directory"),
-    ("--prompts {}/good.txt {}/none.txt", "No such file"), ("--anchors {}/good.txt", "anchors need"),
-    ("--out {}/good.txt/run", "good.txt"), ("--out {}/old", "--overwrite replaces it"),
-    ("--resume", "there is no run at"), ("--model /no/such/folder", "no such folder"),
-    ("--clip /no/such/folder", "no such folder"), ("--device banana", "--device banana"),
-    ("--device cuda:99", "not usable here"), ("--steps 2 --skip-last 1", "")])
-def test_what_cannot_be_read_is_one_line_before_loading(words, said, quick, tmp_path, monkeypatch):
+REFUSED = {
+    "train.py": {
+        "--prompts {}/none.txt": "No such file", "--prompts {}/empty.txt": "no prompt in it",
+        "--prompts {}/latin1.txt": "not UTF-8 (byte 2)", "--prompts {}": "Is a directory",
+        "--prompts {}/good.txt {}/none.txt": "No such file", "--anchors {}/good.txt": "anchors need",
+        "--out {}/good.txt/run": "good.txt", "--out {}/old": "--overwrite replaces it",
+        "--resume": "there is no run at", "--model /no/such": "no such folder", "--clip /no/such": "no such",
+        "--device banana": "--device banana", "--device cuda:99": "not usable here", "--skip-last 1": ""},
+    "sample.py": {
+        "--guidance nan": "--guidance", "--device cuda:99": "not usable", "--out {}/x.txt": "ending",
+        "--out {}/grid": "such as grid.png", "--out {}/good.txt/x.png": "good.txt",
+        "--compare /none": "--compare /none: no such", "--model /none": "--model /none: no such", "": ""},
+    "reward.py": {f"--image {{}}/{at}": "cannot be read as a picture" for at in ("no", "good.txt", ".")},
+    "evaluate.py": {
+        "--suite i2p --prompts {}/no_seed.csv": "no column evaluation_seed or sd_seed",
+        "--suite i2p --prompts {}/odd.csv": "line 2: a side of {'width': 65, 'height': 64} is no multiple",
+        "--suite i2p --judges clip": "pass it with --prompts FILE.csv",
+        "--suite prompts --prompts {}/twice.csv": "case_number repeats",
+        "--suite prompts --prompts {}/ok.csv --judges nudenet": "pip install nudenet==3.0.8",
+        "--suite prompts --prompts {}/ok.csv --judges q16": "put it as prompts.p into",
+        "--suite geneval": "put it as evaluation_metadata.jsonl into",
+        "--suite geneval --prompts {}/other.jsonl": "line 1: not GenEval's metadata",
+        "--suite shapes --judges q17": "q17 unknown", "--suite shapes --rescore": "run once with --save-",
+        f"--suite shapes --base {MODEL}/.": "name a model twice",
+        "--suite shapes --sampler pndm --steps 2": "pndm cannot take --steps 2",
+        "--suite shapes --sampler euler --also sld-weak": "--sampler ddim or lms",
+        "--suite coco --prompts {}/ok.csv --fid {}": "add --save-images",
+        "--suite coco --prompts {}/ok.csv --score-clip {}/nowhere": "no such folder", "--suite shapes": ""}}
+FILES = {
+    "empty.txt": b"# nothing\n", "good.txt": b"[x]\na star\n", "latin1.txt": b"af\xe9",
+    "old/metrics.jsonl": b"", "ok.csv": b"prompt\na\n", "twice.csv": b"prompt,case_number\na,3\nb,3\n",
+    "no_seed.csv": b"prompt,categories,sd_image_width,sd_image_height\na,hate,64,64\n",
+    "odd.csv": b"prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\na,7,7,65,64\n",
+    "other.jsonl": b'{"prompt": "a", "tag": "colors", "include": [{"class": "unicorn", "count": 1}]}\n'}
+
+
+@pytest.mark.parametrize("name, words", [(name, words) for name in REFUSED for words in REFUSED[name]])
+def test_what_cannot_work_is_one_line_before_loading(name, words, models, tmp_path, monkeypatch, no_network):
     (tmp_path / "old").mkdir()
-    for name, content in (("empty.txt", b"# nothing\n"), ("good.txt", b"[x]\na star\n"),
-                          ("latin1.txt", b"af\xe9"), ("old/metrics.jsonl", b"")):
-        (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(train, "set_up", Mock(side_effect=MemoryError))
-    with pytest.raises((ValueError, OSError) if said else MemoryError) as error:
-        quick("--out", tmp_path / "run", *words.replace("{}", str(tmp_path)).split())
-    assert said in str(error.value) and "\n" not in str(error.value)
+    for file, content in FILES.items():
+        (tmp_path / file).write_bytes(content)
+    said, argv = REFUSED[name][words], words.replace("{}", str(tmp_path)).split()
+    monkeypatch.setattr("plumbing.models.load_network", Mock(side_effect=MemoryError))
+    monkeypatch.setattr("evaluation.judges.util.find_spec", lambda name: None)
+    here = ["--model", str(MODEL), "--device", "cpu", "--out"]
+    main, given = {
+        "train.py": (train.main, tiny(models, "--out", tmp_path / "run")),
+        "sample.py": (grid.main, [*here, f"{tmp_path}/a.png", "--prompt", "a"]),
+        "reward.py": (direction.main, ["--device", "cpu"]),
+        "evaluate.py": (evaluate.main, [*here, f"{tmp_path}/run", "--cache", str(tmp_path)])}[name]
+    errors = io.StringIO()
+    with pytest.raises(SystemExit if said else MemoryError) as ended, redirect_stderr(errors):
+        stop.run_script(name, lambda: main([*given, *argv]))
+    message = errors.getvalue() if str(ended.value) == "2" else f"{ended.value}\n"  # 2: by argparse
+    assert said in message and (not said or message.startswith(f"{name}: ") and message.count("\n") == 1)
     assert not (tmp_path / "run" / "flags.json").exists()
 
 
-@pytest.mark.parametrize("words, said", [
-    ("--guidance nan", "--guidance"), ("--device cuda:99", "not usable"), ("--out {}/x.txt", "ending"),
-    ("--out {}/grid", "such as grid.png"), ("--out {}/file/x.png", "file"),
-    ("--compare /none", "--compare /none: no such"), ("--model /none", "--model /none: no such")])
-def test_sample_refuses_before_it_loads(words, said, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr("plumbing.models.load_network", lambda *_, **__: pytest.fail("weights were read"))
-    with pytest.raises((ValueError, OSError, SystemExit)) as error:
-        views.grid.main(["--model", str(MODEL), "--prompt", "a", "--device", "cpu", "--out",
-                         str(tmp_path / "a.png"), *words.replace("{}", str(tmp_path)).split()])
-    message = capsys.readouterr().err or f"{error.value}\n"
-    assert said in message and message.count("\n") == 1
+USED = "cpu float32", "cuda float32"
 
 
-def test_no_gpu_for_a_full_size_model(models, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.parametrize("cards, processes, words, said", [
+    (0, 1, "--model {}", "no GPU found.*\n.*shapes.train.*\n.*--device cpu"),
+    (0, 1, "--model {} --device cpu", "cpu float32"), (0, 1, "", "cpu float32"), (1, 1, "", "cuda float32"),
+    (1, 1, "--precision bf16", "bf16: .* has none; use --precision float32"), (1, 2, "", "1 GPU")])
+def test_device_and_precision_are_chosen(cards, processes, words, said, models, monkeypatch, tmp_path):
+    """A full-size model asks for a GPU, or for the CPU by name; the card here has no bf16."""
     (tmp_path / "unet").mkdir()
     with open(tmp_path / "unet" / "a.safetensors", "wb") as sparse:
         sparse.truncate(4 * 859_520_964)
-    with pytest.raises(ValueError, match="no GPU found.*\n.*shapes.train.*\n.*--device cpu"):
-        choose_device(train.parse_args(["--model", str(tmp_path)]))
-    choose_device(train.parse_args(["--model", str(tmp_path), "--device", "cpu"]))
-    choose_device(args := train.parse_args(tiny(models)))
-    assert (args.device, args.precision) == ("cpu", "float32")
-
-
-def test_bf16_on_a_card_that_has_none_and_more_processes_than_cards(models, monkeypatch):
-    zeros, args = torch.zeros, train.parse_args(tiny(models, "--precision", "bf16"))
+    zeros, args = torch.zeros, train.parse_args(tiny(models, *words.replace("{}", str(tmp_path)).split()))
     monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **k: zeros(*a, **k))
-    for name, value in (("is_available", True), ("device_count", 1), ("is_bf16_supported", False)):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for name, value in (("is_available", cards > 0), ("device_count", cards), ("is_bf16_supported", False)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
-    with pytest.raises(ValueError, match="bf16: .* has none; use --precision float32"):
+    with pytest.raises(ValueError, match=said) if said not in USED else nullcontext():
         choose_device(args)
-    args.precision = None
-    choose_device(args)
-    assert (args.device, args.precision) == ("cuda", "float32")
-    monkeypatch.setattr("plumbing.parallel.world", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="1 GPU"):
-        choose_device(args)
+    assert said not in USED or f"{args.device} {args.precision}" == said
 
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 23 GiB.")
@@ -132,10 +154,3 @@ def test_the_cards_licence_is_stated_where_it_is_known(words, licence):
     assert text.startswith(f"---\nlicense: {licence}\nbase_model: ")
     assert "\n\n| a |\n|---|\n| 1 |\n\n" in text and "\n--seed 0\n" in text
     assert str(ROOT) not in text and "--out" not in text and "--resume" not in text
-
-
-def test_prompts_are_shared_evenly_or_not_at_all(monkeypatch, capsys):
-    monkeypatch.setattr("plumbing.parallel.world", lambda: 3)
-    with pytest.raises(SystemExit):
-        train.parse_args(["--prompts-per-rollout", "8"])
-    assert "--prompts-per-rollout: no multiple of the 3 processes" in capsys.readouterr().err

@@ -36,14 +36,6 @@ def pipe(models):
     return load_pipeline(str(models / "a"))
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "urlopen", refuse)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-
-
 def write_csv(path, header, rows):
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])

@@ -27,10 +27,9 @@ import shapes.train
 import train
 from plumbing import log, models, stop
 from plumbing.prompts import Prompt, read_anchors
-from views import curves, direction, estimate, grid, table
+from views import curves, estimate, grid, table
 
-ROOT = Path(__file__).parent.parent
-WEIGHTS, UNET = ROOT / "shapes" / "weights", "unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = ROOT / "shapes" / "weights"
 CLIP = "--clip", str(WEIGHTS / "text_encoder"), "--device", "cpu"
 UNSAFE, BENIGN = Prompt("gore", "violence", True), Prompt("ring", "benign", False)
 # python -m shapes.train with one caption of each category in its last table; 24 take most of a run's time
@@ -305,10 +304,3 @@ def test_places_and_scores_are_the_rewards_own(tmp_path, capfd, monkeypatch):
     r, alignment, safety, _ = ours.score(image, [Prompt("a ring", "stars", True)])
     assert f"a.png: image safety {safety.item():.3f}, under 19 of 19 prompts" in out
     assert f"{r.item():8.3f}{alignment.item():11.3f}  a ring (stars)" in out
-
-
-@pytest.mark.parametrize("name", ["none.png", "text.png", "."])
-def test_what_is_no_picture_is_one_line(name, tmp_path):
-    (tmp_path / "text.png").write_text("no picture\n")
-    with pytest.raises(ValueError, match=r"--image \S+: cannot be read as a picture \(.*\)$"):
-        direction.main(["--image", str(tmp_path / name), "--device", "cpu"])
