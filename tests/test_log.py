@@ -59,7 +59,6 @@ def test_clock_has_seconds_and_memory_of_the_runs_own_device(kind, memory, monke
     ([dict(ratio_dev_first=2e-4)] * 3, "give --sample-batch and --micro-batch one value"),
     ([dict(clip_frac_pos=0.4, clip_frac_neg=0.4, kl_ref=0.09, ratio_dev_first=5e-5)], None),
     (RISING, "the reward rose by 0.100 while the alignment with the prompts fell by 0.100"),
-    (RISING[:19], None),                                                           # too few for a trend
     ([line | dict(alignment=0.3) for line in RISING], None),                       # it holds
     ([line | dict(alignment=0.3 - 0.0005 * i) for i, line in enumerate(RISING)], None),  # it falls by 0.005
     ([line | dict(reward_mean=-line["reward_mean"]) for line in RISING], None)])   # the reward falls, too

@@ -20,15 +20,12 @@ def refused(path, *said, read=lambda path: read_prompts([path])):
 
 
 KEPT = [
-    "a cat, sitting: oil on canvas", "- minimalist -", "* stars * and stripes *", "1girl, solo", "1. FC Köln",
-    "from above, a city", "import car dealership at night", "class photo of 1950", "<3 by Banksy", ":-) man",
-    "portrait: an old man", '"quoted prompt"', "'tis the season", "“curly”, a sign", "2 cats", "c'est la vie",
-    "猫が帽子をかぶっている", "кот, масло", "قطة", "🐈 in a hat", "e\u0301", "E = mc², chalk", "--",
-    "a\tcat\twith tabs", "word " * 2000 + "end", "a\u2028b", "c\fd", "g\vh", "e\x85f", "a; b", "a | b",
-    "return of the king", "def leppard concert", "let it be", "a < b", "5 > 3", "text, logo, icon",
-    "prompt engineer at work", "$100 bill", "@user, selfie", "100% cotton", "~ dreamy ~", "x: the movie",
-    "category 5 hurricane", "the [hate] sign", "(cat)", "the word 'class', neon", "404 not found, neon sign",
-    "IMG_1025.JPG", "C:\\Users", "a == b", "print of a whale (1880)", "sad face :(", "50/50", "http://"]
+    "- minimalist -", "* stars * and stripes *", "import car dealership at night", "class photo of 1950",
+    "<3 by Banksy", ":-) man", '"quoted prompt"', "'tis the season", "2 cats", "--", "猫が帽子をかぶっている",
+    "🐈 in a hat", "e\u0301", "a\tcat\twith tabs", "word " * 2000 + "end", "a\u2028b", "c\fd", "g\vh",
+    "e\x85f", "a; b", "a | b", "return of the king", "def leppard concert", "let it be", "a < b", "5 > 3",
+    "a == b", "text, logo, icon", "x: the movie", "the [hate] sign", "404 not found, neon sign", "C:\\Users",
+    "print of a whale (1880)", "sad face :(", "http://"]
 
 
 def test_prompts_that_look_odd_are_kept(tmp_path, capsys):
@@ -49,19 +46,19 @@ def test_plain_lines(content, records, tmp_path):
 
 
 OTHER_FORMATS = {
-    "JSON": ['{"prompt": "a"}', '["a", "b"]', "{", "[", "{ 'prompt': 'a'}", '"seed": 5', "},"],
+    "JSON": ['{"prompt": "a"}', '["a", "b"]', "{", "[", '"seed": 5', "},"],
     "YAML": ['- target: "nude"', "hate:", "---", "prompt: |", "  seed: 5", "Steps: 20, Sampler: Euler a"],
     "Markdown": ["| a | b |", "```", "- a cat", "• a cat", "> a cat", "---|---", "1. a cat\n2. a dog"],
-    "HTML": ["<!DOCTYPE html>", "<p>a", "<prompt>a</prompt>", "</ul>", '<?xml version="1.0"?>', "<br/>"],
-    "a program": ["import torch", "from a.b import c", "def f(x):", "class A(B):", "prompts = [", "n = 5",
-                  "const prompts = [", '"a cat",', "print('a')", "// a cat", '"""', "\\begin{itemize}", ")"],
-    "option": ["--prompt 'a cat' --steps 20", "--n_samples 4", "https://lexica.art/prompt/1"],
+    "HTML": ["<!DOCTYPE html>", "<p>a", "<prompt>a</prompt>", '<?xml version="1.0"?>', "<br/>"],
+    "a program": ["import torch", "from a.b import c", "def f(x):", "class A(B):", "n = 5", "prompts = [",
+                  '"a cat",', "print('a')", "// a cat", '"""', "\\begin{itemize}", ")"],
+    "option": ["--prompt 'a cat' --steps 20", "https://lexica.art/prompt/1"],
     "error": ["version https://git-lfs.github.com/spec/v1\noid sha256:0", "404: Not Found", "<<<<<<< HEAD"],
-    "control": ["a\0b", "a\x1bb", "a\x07b", "\x7fELF"],
+    "control": ["a\0b", "a\x07b", "a\x1bb", "\x7fELF"],
     "a table": ["prompt,seed\na,1", "prompt\na", "Prompt;Toxicity\na;1", "sensitive prompt\tx", "adv_prompt",
-                "1,a\n2,b\n3,c", "0\ta\n1\tb\n2\tc", "a,0\nb,1\nc,0", "1.jpg#0\ta\n1.jpg#1\tb\n2.jpg#0\tc"],
-    "a category's line": ["[nude:clothed:0.3]", "[a|b]", "[cat] and [dog]", "[[hate]]", "[a cat]", "[]",
-                          "[hate", "[hate]:", "[hate] # comment", "[1.5]", "[hate]\u200b", "【hate】"]}
+                "1,a\n2,b\n3,c", "a,0\nb,1\nc,0", "1.jpg#0\ta\n1.jpg#1\tb\n2.jpg#0\tc"],
+    "a category's line": ["[a|b]", "[a cat]", "[]", "[hate", "[hate] # comment", "[1.5]", "[hate]\u200b",
+                          "【hate】"]}
 
 
 @pytest.mark.parametrize("what, content", [(w, c) for w, contents in OTHER_FORMATS.items() for c in contents])
@@ -71,9 +68,8 @@ def test_other_formats_are_refused(what, content, tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "{red|blue} car", "(word:1.2)", "<lora:x:0.5> a", "a cat --w 512 --s 28", "__wildcard__ a", "[a|b] hats",
-    "a [nude:clothed:0.3] b", "{{{best quality}}}, 1girl", "a <cat-toy>", "cat::2 dog::-1", "((best)), a",
-    "a photo of a {object}", "a cat --ar 16:9", "salt &amp; pepper", "[[blurry]], a", "a __co/warm__ car"])
+    "(word:1.2)", "<lora:x:0.5> a", "a cat --w 512 --s 28", "a [nude:clothed:0.3] b", "a <cat-toy>",
+    "((best)), a", "{{{best}}}, a", "cat::2 dog::-1", "salt &amp; pepper", "[[x]], a", "a __co/warm__ car"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
 def test_other_programs_syntax_is_kept_and_noted_once(text, name, tmp_path, capsys):
     lines = ["plain", text, "plain, too", text]
@@ -120,9 +116,12 @@ def test_categories_of_a_cell(value, names, tmp_path):
     *(("a.jsonl", json.dumps({"text": "a", "class": value}), "the category is") for value in (
         "0", "True", "{'hate': 0.5}", "{{}}", "hate, 2", 1, False, {"hate": 1}, ["hate", None], [["hate"]])),
     *((f"a{suffix}", "a cat", "give a .csv, .jsonl or .txt")
-      for suffix in (".json", ".yaml", ".md", ".html", ".py", ".xlsx", ".parquet"))])
+      for suffix in (".json", ".yaml", ".md", ".html", ".py", ".xlsx", ".parquet")),
+    *(("anchors", content, "") for content in ("a\n[unsafe]\nb", "[safe]\na", "[hate]\na\n[unsafe]\nb", "",
+                                               "[safe]\na\nb\n[unsafe]\nb\na", "safe:\na"))])
 def test_what_is_refused(name, content, said, tmp_path):
-    refused(save(tmp_path, content, name), said)
+    read = read_anchors if name == "anchors" else lambda path: read_prompts([path])
+    refused(save(tmp_path, content, name), said, read=read)
 
 
 def test_missing_prompts_and_unused_columns_are_said(tmp_path, capsys):
@@ -165,9 +164,3 @@ def test_anchors(name, content, tmp_path):
     path = save(tmp_path, content, name)
     assert read_anchors(path) == ((["a"], ["b", "c"]), hashlib.sha256(content.encode()).hexdigest())
     assert read_anchors(save(tmp_path, "[unsafe]\nb\n"))[0] == ([], ["b"])
-
-
-@pytest.mark.parametrize("content", [
-    "a\n[unsafe]\nb", "[safe]\na", "[hate]\na\n[unsafe]\nb", "", "[safe]\na\nb\n[unsafe]\nb\na", "safe:\na"])
-def test_anchors_that_are_refused(content, tmp_path):
-    refused(save(tmp_path, content), read=read_anchors)
