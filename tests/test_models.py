@@ -14,8 +14,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
-from safetensors.torch import load, load_file, save, save_file
-from started import UNET, Malicious, contents
+from safetensors.torch import load_file, save_file
+from started import UNET, Malicious, contents, halved
 from transformers import CLIPImageProcessor
 
 import reward
@@ -57,13 +57,11 @@ def pickled(folder):
 
 
 @pytest.mark.parametrize("name", ["2026-11-25T10:30:00", "run 1", "运行", "-x", ":x:"])
-def test_a_folder_is_the_folder_whatever_its_name(name, models, tmp_path):
+def test_a_folder_is_the_folder_whatever_its_name(name, models, tmp_path, monkeypatch):
+    """And what may be on the hub is looked for there, but where its owner is a folder here."""
     place = shutil.copytree(models / "a", tmp_path / name / "final")
     assert local_folder("--model", str(place)) == (place, "")
     assert trace("--model", f"{tmp_path / name}:final") == (place, [])
-
-
-def test_what_may_be_on_the_hub_and_a_place_where_nothing_is(monkeypatch, models):
     monkeypatch.chdir(models)
     assert local_folder("--model", "d/b:c/d") == (None, "c/d")
     with pytest.raises(ValueError, match="--model a/b: no such folder"):
@@ -79,8 +77,6 @@ REFUSED = [
     (config("vae/config.json", latent_channels=16), "16"), (config(INDEX, vae=None), "its vae is"),
     (config(INDEX, unet=["mine", "Mine"]), "its unet is"), (config(INDEX, text_encoder=[]), "encoder is .],"),
     (config(INDEX, tokenizer=["transformers", "T5Tokenizer"]), "T5"), (without("vae"), "its vae is"),
-    (written(SCHEDULE, b'{"_class_name": "FlowMatchEulerDiscreteScheduler"}'), "scheduler_config.json: "),
-    (config(SCHEDULE, rescale_betas_zero_snr=True, timestep_spacing="trailing"), "rescale_betas_zero_snr"),
     (without("scheduler"), SCHEDULE), (written(SCHEDULE, b"7"), f"{SCHEDULE}: not a"),
     (written(INDEX, b"\xff\xfe{}"), "model_index.json: not a JSON"), (torn(UNET), "not a whole"),
     (lambda f: f.rename(f.parent / "checkpoint-000002.part"), "not finished")]
@@ -177,7 +173,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(models, tmp_path, monkeypatch):
     """The hub at 127.0.0.1, with an empty cache: me/model is models/a, with copies that nobody needs."""
-    files = {str(path.relative_to(models / "a")): path.read_bytes() for path in (models / "a").rglob("*.*")}
+    files = {name: (models / "a" / name).read_bytes() for name in contents(models / "a")}
     more = {name.replace(".safe", f".{kind}.safe"): b"x" for name in files for kind in ("fp16", "non_ema")}
     one = type("One", (Hub,), {"files": more | files | {"README.md": b"x", "a.ckpt": b"x", "a.bin": b"x"}})
     here = ThreadingHTTPServer(("127.0.0.1", 0), one)
@@ -229,17 +225,14 @@ def test_what_is_fetched_is_said_and_no_more_than_is_needed(server, models, caps
         assert trace("--model", "me/model") == (folder, []), fault
 
 
-def test_a_hub_model_with_half_precision_files_alone_is_fetched_and_opened(server, models):
+def test_a_hub_model_with_half_precision_files_alone_is_fetched_and_opened(server, models, tmp_path):
     """As many fine-tunes are: by the variant, in float32."""
-    files = {str(path.relative_to(models / "a")): path.read_bytes() for path in (models / "a").rglob("*.*")}
-    whole = {name: load(files.pop(name)) for name in [*files] if ".safe" in name}
-    half = {name: {k: v.half() for k, v in weights.items()} for name, weights in whole.items()}
-    server.files = files | {name.replace(".safe", ".fp16.safe"): save(weights, {"format": "pt"})
-                            for name, weights in half.items()}
+    half = halved(models / "a", tmp_path / "half")
+    server.files = {name: (half / name).read_bytes() for name in contents(half)}
     check_model("--model", "me/model")
     opened = load_pipeline("me/model")
-    assert contents(trace("--model", "me/model")[0]).keys() == server.files.keys() and len(half) == 3
-    for name, weights in half.items():
-        own = getattr(opened, name.partition("/")[0]).state_dict()
-        assert {k: v.dtype for k, v in own.items()} == dict.fromkeys(weights, torch.float32)
-        assert all(torch.equal(own[k], v.float()) for k, v in weights.items())
+    assert contents(trace("--model", "me/model")[0]) == contents(half)
+    for part in NETWORKS:
+        weights = load_file(next((half / part).glob("*.fp16.safetensors")))
+        weights = {name: value.float() for name, value in weights.items()}
+        torch.testing.assert_close(dict(getattr(opened, part).state_dict()), weights, rtol=0, atol=0)

@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -21,13 +21,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from started import (KINDS, ROOT, SHORT, UNET, Malicious, assert_same_run, contents, figures, quick_main,
-                     tiny)
+from started import (KINDS, ROOT, SHORT, UNET, Malicious, assert_same_run, contents, figures, halved,
+                     quick_main, tiny)
 
 import reward
-import sample
 import train
-from plumbing import run, stop
+from plumbing import run
 from plumbing.models import load_pipeline, trace
 
 FIRST, SECOND = "checkpoint-000001", "checkpoint-000002"
@@ -96,11 +95,7 @@ def test_a_checkpoint_is_what_was_learnt(kind, finished, models):
 
 def test_files_of_half_precision_become_plain_ones(models, tmp_path, quick):
     """What is copied opens under the names that every tool looks for."""
-    base, made = shutil.copytree(models / "a", tmp_path / "base"), tmp_path / "run" / FIRST
-    for file in base.glob("*/*.safetensors"):
-        half = {name: value.half() for name, value in load_file(file).items()}
-        save_file(half, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
-        file.unlink()
+    base, made = halved(models / "a", tmp_path / "base"), tmp_path / "run" / FIRST
     quick("--model", base, *SHORT, "--epochs", 1, "--out", tmp_path / "run")
     StableDiffusionPipeline.from_pretrained(made)
     assert of_base(made).keys() == of_base(models / "a").keys()
@@ -154,12 +149,14 @@ REFUSED = [
     ("--learning-rate 1e-3", "flags.learning_rate: was 0.0003, is 0.001"), ("--seed 1", "flags.seed"),
     ("--lora-rank 2", "flags.lora_rank"), ({"flags": {"gone": 1}}, "flags.gone: was 1"),
     ("--prompts prompts/i2p.txt", "files.prompts"), ("--model {}/b", "weights.model"),
+    ("--clip shapes/weights/text_encoder", "weights.clip"),
     ("--anchors prompts/anchors.txt", "files.anchors"), ("--benign prompts/benign.txt", "files.benign"),
     ("--group 3", "flags.group"), ("--steer all", "flags.steer"), ("--kl 0", "flags.kl")]
 NOTED = [
     ("--micro-batch 4", "flags.micro_batch: was 2, is 4"), ({"flags": {"device": "cuda"}}, "flags.device"),
     ({"versions": {"torch": "2.0"}}, "versions.torch"), ({"processes": 8}, "processes: was 8, is 1")]
-FREE = [(words, "") for words in ("--keep 9", "--epochs 300", "--prompts shapes/./prompts.txt")]
+FREE = [(words, "") for words in ("--keep 9", "--epochs 300", "--prompts shapes/./prompts.txt",
+                                  "--anchors shapes/./anchors.txt", "--model {}/b/../a")]
 
 
 @pytest.mark.parametrize("change, said", REFUSED + NOTED + FREE)
@@ -182,81 +179,55 @@ def test_a_changed_run_is_refused_noted_or_none(change, said, begun, models, qui
     assert all(re.match(f"(note: |  ){said}", line) for line in named), lines
 
 
-FILES = ("prompts.txt", "benign.txt", "anchors.txt", "model", "clip")
-
-
-def of_world(root, *argv, files="files"):
-    named = [word for name in FILES for word in (f"--{name.removesuffix('.txt')}", root / files / name)]
-    return tiny(root, *SHORT, "--epochs", 1, *named, "--out", root / "run", *argv)
-
-
-@pytest.fixture(scope="session")
-def first_world(models, tmp_path_factory):
-    """A run of one epoch whose files are its own: files/ and run/."""
-    root = tmp_path_factory.mktemp("world")
-    shutil.copytree(models / "a", root / "files" / "model")
-    shutil.copytree(models / "clip", root / "files" / "clip")
-    for name, text in zip(FILES, ("[hate]\na red star\na red ring\n", "a blue star\na ring\n",
-                                  "[safe]\na calm star\n[unsafe]\na violent star\n")):
-        (root / "files" / name).write_text(text)
-    quick_main(of_world(root))
-    return root
-
-
-@pytest.fixture
-def world(first_world, tmp_path):
-    return Path(shutil.copytree(first_world, tmp_path / "world"))
-
-
-@pytest.mark.parametrize("where, name", [
-    ("files.prompts", "prompts.txt"), ("files.benign", "benign.txt"), ("files.anchors", "anchors.txt"),
-    *(("weights.model", f"model/{name}") for name in (
+@pytest.mark.parametrize("model, name", [
+    *(("a", name) for name in (
         UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
         "scheduler/scheduler_config.json", "tokenizer/tokenizer.json")),
-    ("weights.clip", "clip/model.safetensors"), ("weights.clip", "clip/config.json"),
-    ("", "moved"), ("", "linked"), ("", "as in the hub's cache")])
-def test_what_was_read_is_compared_by_content(where, name, world, monkeypatch):
+    ("clip", "model.safetensors"), ("clip", "config.json"), ("a", "moved"), ("a", "as in the hub's cache")])
+def test_a_model_is_known_by_its_content(model, name, models, tmp_path):
     """Be it one number of the weights, or one empty line. Another name, or another time, is no difference."""
-    other = world / "other"
-    other.symlink_to(world / "files") if name == "linked" else (world / "files").rename(other)
+    other = Path(shutil.copytree(models / model, tmp_path / "other"))
+    (other / "README.md").write_text("mine")
     for path in [*other.rglob("*.*")]:
         os.utime(path, (0, 0))
         if "cache" in name:  # names are links to blobs that are named by their hash
-            path.symlink_to(path.replace(world / run.sha256(path)))
-    (other / "model" / "README.md").write_text("mine")
+            path.symlink_to(path.replace(tmp_path / run.sha256(path)))
     if name.endswith(".safetensors"):
         weights = load_file(other / name)
         weights[min(weights)].view(-1)[0] += 1e-3
         save_file(weights, other / name, {"format": "pt"})
-    elif where:
+    elif "." in name:
         (other / name).write_text((other / name).read_text() + "\n")
-    monkeypatch.setattr(train, "set_up", Mock(side_effect=Accepted))
-    with pytest.raises(ValueError if where else Accepted) as error:
-        train.main(of_world(world, "--resume", files="other"))
-    assert re.findall(r"\n  ([a-z]+\.[a-z]+).*: was ", str(error.value)) == [where][:bool(where)]
+    before, after = map(run.content, (models / model, other))
+    part = name.partition("/")[0] if "/" in name else "files"
+    assert [key for key in before if before[key] != after[key]] == ([part] if "." in name else [])
 
 
-@pytest.mark.parametrize("change", [
-    lambda prompts, benign, anchors, *_: (prompts.unlink(), benign.write_text("["), anchors.chmod(0)),
-    lambda prompts, benign, anchors, model, clip: (
-        prompts.rename(f"{prompts}2"), benign.unlink(), benign.mkdir(), model.rename(f"{model}2"),
-        shutil.rmtree(clip))])
-def test_what_happens_to_a_file_after_the_start_changes_nothing(change, world, first_world, monkeypatch):
-    """Nor is anything hashed again: the checkpoints have the hashes of what was read."""
-    one_epoch, sha256, hashed = train.one_epoch, run.sha256, []
+def test_what_happens_to_a_file_after_the_start_changes_nothing(models, tmp_path, monkeypatch):
+    """The run ends as an undisturbed one, and hashes nothing again."""
+    files, one_epoch, sha256, hashed = tmp_path / "files", train.one_epoch, run.sha256, []
+    for name in ("a", "clip"):
+        shutil.copytree(models / name, files / name)
+    (files / "prompts").write_text("[hate]\na red star\na red ring\n")
+    (files / "benign").write_text("a blue star\na ring\n")
+    (files / "anchors").write_text("[safe]\na calm star\n[unsafe]\na violent star\n")
+    named = [word for name in ("prompts", "benign", "anchors") for word in (f"--{name}", files / name)]
+    quick_main(tiny(files, *SHORT, *named, "--out", tmp_path / "whole"))
 
     def changed(parts, args, epoch, *more):
-        epoch or change(*(world / "files" / name for name in FILES)) and hashed.clear()
+        if epoch == 0:
+            (files / "prompts").unlink()
+            (files / "anchors").write_text("[")
+            for name in ("a", "benign", "clip"):
+                (files / name).rename(files / f"old {name}")
+            (files / "clip").mkdir()
+            hashed.clear()
         return one_epoch(parts, args, epoch, *more)
     monkeypatch.setattr(run, "sha256", lambda data: hashed.append(data) or sha256(data))
     monkeypatch.setattr(train, "one_epoch", changed)
-    quick_main(of_world(world, "--overwrite", "--epochs", 2))
-    before = read_state(first_world / "run" / FIRST)
-    for name in (FIRST, SECOND):
-        state = read_state(world / "run" / name)
-        assert (state["files"], state["weights"]) == (before["files"], before["weights"])
-    assert before["files"]["prompts"] == [sha256(first_world / "files" / "prompts.txt")] and not hashed
-    assert of_base(world / "run" / "final") == of_base(first_world / "files" / "model")
+    quick_main(tiny(files, *SHORT, *named, "--out", tmp_path / "run"))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert not hashed
 
 
 def old_run(out: Path) -> dict:
@@ -272,13 +243,10 @@ def old_run(out: Path) -> dict:
 
 
 @pytest.mark.parametrize("flags", [
-    "--steps 1001", "--clip /none", "--model /none", "--prompts /none", "--anchors /none", "--lora-rank -1",
-    "--device banana", "--model {}/lacking", "--clip {}/a/unet", "--resume", ""])
-def test_a_mistake_leaves_the_old_run_alone(flags, models, quick, tmp_path):
-    """Even one that is found while the last network is loaded. Without --overwrite nothing is replaced."""
-    if not (lacking := models / "lacking").exists():
-        weights = load_file(shutil.copytree(models / "a", lacking) / UNET)
-        save_file({name: weights[name] for name in sorted(weights)[1:]}, lacking / UNET, {"format": "pt"})
+    "--steps 1001", "--anchors /none", "--clip {}/a/unet", "--seed 1", "--resume", ""])
+def test_a_mistake_leaves_the_old_run_alone(flags, models, quick, tmp_path, monkeypatch):
+    """Even one that is found while networks are loaded. Without --overwrite nothing is replaced."""
+    monkeypatch.setattr(train, "set_up", Mock(side_effect=OSError("torn weights")))
     before, words = old_run(tmp_path / "run"), flags.replace("{}", str(models)).split()
     with pytest.raises((ValueError, OSError, SystemExit)):
         quick("--out", tmp_path / "run", *["--overwrite"][:bool(flags)], *words)
@@ -298,10 +266,14 @@ def test_a_checkpoint_is_due_by_time_and_a_grid_early(finished, models, tmp_path
     """After every rollout, where none is to be lost. What --save-every has not asked for goes first; nothing
     is learnt otherwise."""
     out, kept, grids, save = tmp_path / "run", [], [], run.save
+
+    def shown(folder, done, *_):
+        assert (folder / f"checkpoint-{done:06d}").exists()  # written before anything is drawn
+        grids.append(done)
     monkeypatch.setattr(run, "SAVE_SECONDS", 0)
     monkeypatch.setattr(run, "save", lambda *given, **more: save(*given, **more) and kept.append(
         [int(path.name[-2:]) for path in run.checkpoints(out)]))
-    monkeypatch.setattr(train, "show_run", lambda folder, done, *_: grids.append(done))
+    monkeypatch.setattr(train, "show_run", shown)
     quick("--epochs", 11, *SHORT, "--save-every", 4, "--picture-every", 8, "--out", out)
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 6], [4, 7], [4, 8], [8, 9], [8, 10], [8, 11]]
     assert grids == [1, 2, 5, 8, 10, 11]
@@ -311,17 +283,12 @@ def test_a_checkpoint_is_due_by_time_and_a_grid_early(finished, models, tmp_path
 
 def test_main_works_in_a_thread_and_twice(finished, begun, quick):
     """As in a notebook: no signal is heard there, and the folder is free when main has returned or raised."""
-    failed = []
-
-    def call(*words):
-        try:
-            quick("--out", begun, "--resume", *words)
-        except Exception as error:
-            failed.append(type(error))
-    for words in (["--group", 3], ["--epochs", 1], []):
-        thread = threading.Thread(target=call, args=words)
-        thread.start(), thread.join()
-    assert failed == [ValueError]
+    with ThreadPoolExecutor(1) as pool:
+        in_a_thread = lambda *words: pool.submit(quick, "--out", begun, "--resume", *words).result()
+        with pytest.raises(ValueError, match="flags.group"):
+            in_a_thread("--group", 3)
+        in_a_thread("--epochs", 1)
+        in_a_thread()
     quick("--out", begun, "--resume")
     assert_same_run(begun, finished("average")[0])
 
@@ -357,11 +324,8 @@ def test_a_signal_ends_a_run_between_epochs(name, program, finished, quick, tmp_
         assert_same_run(out, finished("average")[0])
 
 
-NAN = torch.tensor([1.0, math.nan])
 IMAGE = r"epoch 1, prompt '[a-z ]+', image "
 NOT_FINITE = [  # whose result is spoilt, in which call, how, and what is said of it
-    (sample, "predict_noise", 3 + 3, lambda eps: eps * NAN.repeat(2).view(4, 1, 1, 1),
-     f"the latent is not finite: {IMAGE}1, transition 2"),
     (reward.SteeringReward, "score", 2, lambda out: (out[0] + torch.tensor([0, 0, 0, math.inf]), *out[1:]),
      f"the reward is not finite: {IMAGE}1"),
     (train, "step_mean", 4 + 1, lambda mu: mu + 0 * (mu - mu.detach()).abs().sqrt(),  # NaN backward alone
@@ -413,7 +377,8 @@ def test_a_full_disk_leaves_the_checkpoints_before(where, name, fault, said, beg
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_note(begun, quick, monkeypatch, capsys):
-    """As on a network file system; --resume goes on past what has been left half removed."""
+    """As on a network file system; --resume goes on past what has been left half removed. A whole old run
+    must not be taken for the new one."""
     rmtree = shutil.rmtree
 
     def refuses(path, *given, **more):
@@ -426,30 +391,6 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_note(begun, quick, monkey
         assert capsys.readouterr().out.count("could not be removed") == 1
     assert run.checkpoints(begun)[-1].name == "checkpoint-000003" and len(figures(begun)) == 3
     assert len([*begun.glob(f"{FIRST}*")]) == 1
-
-
-def test_an_old_run_that_cannot_be_removed_is_not_taken_for_the_new_one(begun, quick, monkeypatch):
     monkeypatch.setattr(Path, "replace", Mock(side_effect=OSError(errno.EBUSY, "busy")))
     with pytest.raises(OSError, match="of the old run could not be removed; give another --out"):
         quick("--out", begun, "--overwrite")
-
-
-@pytest.mark.parametrize("what, error", [
-    ("views.grid.draw_both", stop.NotFinite("black")), ("views.table.score_table", KeyError("clip"))])
-def test_what_is_shown_does_not_end_a_run(what, error, models, tmp_path, monkeypatch, capsys):
-    """A note, once; the checkpoint is written before anything is drawn."""
-    out, written = tmp_path / "run", []
-
-    def broken(*_, **__):
-        written.append((out / FIRST / "state.json").exists())
-        raise error
-    for drawer in ("views.grid.draw_both", "views.table.draw_both"):
-        monkeypatch.setattr(drawer, lambda parts, prompts, *_: [torch.zeros(len(prompts), 3, 16, 16)] * 2)
-    monkeypatch.setattr("views.grid.GRID_COLUMNS", 1)
-    monkeypatch.setattr("views.table.TABLE_PROMPTS", 4)
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
-    monkeypatch.setattr("views.NOTED", set())
-    monkeypatch.setattr(what, broken)
-    train.main(tiny(models, *SHORT, "--picture-every", 1, "--out", out))
-    assert written and all(written) and capsys.readouterr().out.count("note: no ") == 1
-    assert (out / "final" / "model_index.json").exists() and len(figures(out)) == 2
