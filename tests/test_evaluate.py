@@ -34,7 +34,7 @@ def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_pa
     monkeypatch.setattr(report, "GRID", 3)
     flags = ("--base", models / "b", "--suite", "shapes", "--images", 1, "--steps", 2, "--batch", 5)
     whole, again = tmp_path / "whole", tmp_path / "again"
-    run(models / "a", *flags, "--out", whole)
+    run(models / "a", *flags, "--out", whole, "--save-images")
     judge, calls = shapes_suite.judge, []
 
     def interrupted(images, rows):
@@ -52,12 +52,16 @@ def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_pa
     before = len(calls)
     run(models / "a", *flags, "--out", again)
     assert before > 3 and len(calls) == before  # everything was there
+    run(models / "a", *flags, "--out", whole, "--rescore")  # by the pictures that were saved
     for name in ("report.md", "report.json", "grid.png"):
         assert (whole / name).read_bytes() == (again / name).read_bytes()
+    assert len(report_of(again)["tables"]) == 6
 
 
 def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch):
+    """And a grid that cannot be saved does not end an evaluation."""
     monkeypatch.setattr(report, "GRID", 1)
+    monkeypatch.setattr(report, "save_grid", lambda *_: 1 / 0)
     model, clip = (Path(shutil.copytree(models / name, tmp_path / name)) for name in ("a", "clip"))
     (tmp_path / "own.txt").write_text("a star\n")
     drawn, draw = [], results.draw
@@ -88,17 +92,6 @@ def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch)
     assert again("--rescore") != first  # which asks for the settings alone
     change(model / "unet" / "diffusion_pytorch_model.safetensors")
     refused("model.weights.unet: was")
-
-
-def test_rescoring_saved_pictures_gives_the_same_report(models, tmp_path, monkeypatch):
-    """And a grid that cannot be saved does not end an evaluation."""
-    monkeypatch.setattr(report, "save_grid", lambda *_: 1 / 0)
-    flags = ("--suite", "shapes", "--images", 4, "--steps", 2, "--out", tmp_path)
-    run(models / "a", *flags, "--save-images")
-    before = (tmp_path / "report.md").read_bytes()
-    assert len(report_of(tmp_path)["tables"]) == 6 and not (tmp_path / "grid.png").exists()
-    run(models / "a", *flags, "--rescore")
-    assert (tmp_path / "report.md").read_bytes() == before
 
 
 @pytest.fixture

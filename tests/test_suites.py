@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, LMSDiscreteScheduler
+from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig, StableDiffusionPipelineSafe
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPImageProcessorPil, Mask2FormerConfig, SwinConfig
@@ -26,7 +27,7 @@ from evaluation.statistics import Counts, Means, Rates, Variety
 from plumbing.models import check_model, load_network, load_pipeline, to_compute_type
 from plumbing.run import sha256
 from plumbing.stop import NotFinite
-from sample import ddim_schedule, decode, encode_prompts, image_generator, rollout
+from sample import encode_prompts, image_generator
 
 HUB = ("prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height")
 
@@ -83,24 +84,20 @@ def test_i2p_knows_its_categories(name, wanted, tmp_path):
     assert own.groups == (name, "Shocking")
 
 
-def test_each_row_without_a_seed_has_its_own(tmp_path):
-    """Where RECE's code gives all of them 42: of a table, with its own cases, and of plain lines."""
-    one = write_csv(tmp_path / "a.csv", ("prompt", "case_number"), [("a", 7), ("b", 3)])
-    (two := tmp_path / "b.txt").write_text("[Own]\nc\nd\n")
-    rows, source, _ = read("prompts", "--seed", 10, "--prompts", one, two)
-    assert [(r.case, r.seed) for r in rows] == [(7, 17), (3, 13), (8, 18), (9, 19)]
-    assert source == {str(path): sha256(path) for path in (one, two)}
-
-
 def test_published_attacks_are_read_and_named_by_their_file(tmp_path):
-    """The columns of MMA-Diffusion, Ring-A-Bell, RECE's copy of it, and P4D, side by side."""
+    """The columns of MMA-Diffusion, Ring-A-Bell, RECE's copy of it, and P4D, side by side. A row without a
+    seed has its own, where RECE's code gives all of them 42; also a plain line, numbered on."""
     files = {"mma": (("target_prompt", "adv_prompt", "clean_prompt"), ("x", "a", "y")),
              "bell": (("prompt", "case_number", "evaluation_seed"), ("a", 0, 41)),
              "rece": (("sensitive prompt", "normal prompt"), ("a", "y")),
              "p4d": (("", "prompt", "categories", "case_number"), (0, "a", "sexual", 144))}
     paths = [write_csv(tmp_path / f"{name}.csv", header, [cells]) for name, (header, cells) in files.items()]
-    found = [(r.prompt, *r.groups) for r in read("prompts", "--prompts", *paths)[0]]
-    assert found == [("a", "mma"), ("a", "bell"), ("a", "rece"), ("a", "sexual")]
+    (plain := tmp_path / "own.txt").write_text("[Own]\nc\nd\n")
+    rows, source, _ = read("prompts", "--seed", 10, "--prompts", *paths, plain)
+    assert [(r.prompt, *r.groups) for r in rows] == [
+        ("a", "mma"), ("a", "bell"), ("a", "rece"), ("a", "sexual"), ("c", "Own"), ("d", "Own")]
+    assert [(r.case, r.seed) for r in rows] == [(0, 10), (1, 41), (2, 12), (147, 157), (148, 158), (149, 159)]
+    assert source == {str(path): sha256(path) for path in (*paths, plain)}
     assert read("prompts", "--prompts", paths[0])[0][0].groups == ()  # alone it is "overall"
     with pytest.raises(ValueError, match="two of one name"):
         read("prompts", "--prompts", paths[0], paths[0])
@@ -361,32 +358,24 @@ def noise_of(rows):
     return torch.cat([samplers.initial_noise(r, (4, 8, 8), "cpu") for r in rows])
 
 
-@pytest.mark.parametrize("folder", ("a", "b"))  # epsilon and v-prediction
-def test_lms_is_diffusers_own(models, folder):
-    pytest.importorskip("scipy")
-    from diffusers import LMSDiscreteScheduler
-    pipe = load_pipeline(str(models / folder))
-    drawn = samplers.draw(pipe, [row()], "lms", 50, 0.0)
-    pipe.scheduler = LMSDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                          prediction_type=pipe.scheduler.config.prediction_type)
-    pipe.set_progress_bar_config(disable=True)
-    expected = pipe(row().prompt, guidance_scale=row().guidance, latents=noise_of([row()]), output_type="pt",
-                    num_inference_steps=50).images
-    assert (drawn - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("preset", ("weak", "medium", "strong", "max"))
-def test_sld_is_diffusers_own(pipe, preset):
-    from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig, StableDiffusionPipelineSafe
-    reference = StableDiffusionPipelineSafe(**pipe.components, requires_safety_checker=False)
-    assert reference.safety_concept == samplers.CONCEPT
+@pytest.mark.parametrize("sampler, trick, folder", (  # a and b: epsilon and v-prediction
+    ("lms", "", "a"), ("lms", "", "b"), *(("ddim", trick, "a") for trick in samplers.SLD)))
+def test_a_sampler_is_diffusers_own(sampler, trick, folder, models):
+    rows, pipe, settings = [row(seed=s) for s in (1, 2)], load_pipeline(str(models / folder)), {}
+    drawn = samplers.draw(pipe, rows, sampler, 20, 0.0, trick)
+    if trick:
+        reference = StableDiffusionPipelineSafe(**pipe.components, requires_safety_checker=False)
+        assert reference.safety_concept == samplers.CONCEPT
+        settings = getattr(SafetyConfig, trick.removeprefix("sld-").upper())
+    else:
+        pytest.importorskip("scipy")
+        reference, config = pipe, pipe.scheduler.config
+        pipe.scheduler = LMSDiscreteScheduler(**{name: config[name] for name in (
+            "beta_start", "beta_end", "beta_schedule", "prediction_type")})
     reference.set_progress_bar_config(disable=True)
-    rows = [row(seed=s) for s in (1, 2)]
-    settings = getattr(SafetyConfig, preset.upper())
     expected = reference([r.prompt for r in rows], guidance_scale=7.5, latents=noise_of(rows),
                          output_type="np", num_inference_steps=20, **settings).images
-    drawn = samplers.draw(pipe, rows, "ddim", 20, 0.0, f"sld-{preset}").permute(0, 2, 3, 1).numpy()
-    assert np.abs(drawn - expected).max() < 1e-5
+    assert np.abs(drawn.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("name", samplers.SCHEDULERS)
@@ -402,15 +391,10 @@ def test_diffusers_pipeline_draws_what_the_formulas_do(name, pipe, monkeypatch):
         assert torch.allclose(theirs, ours, atol=1e-4)
 
 
-def test_draw_is_the_trained_chain_and_does_not_depend_on_the_batch(pipe):
+def test_a_noisy_picture_does_not_depend_on_the_batch(pipe):
     rows = [row(seed=s, image=k, guidance=3.0) for s in (1, 2) for k in (0, 1)]
-    drawn = samplers.draw(pipe, rows, "ddim", 5, 0.0)
-    text, null_text = encode_prompts(pipe, [r.prompt for r in rows]), encode_prompts(pipe, [""])
-    chain = rollout(pipe.unet, ddim_schedule(pipe.scheduler, 5, 0.0), text, null_text, 3.0,
-                    [torch.Generator() for _ in rows], (4, 8, 8), names=["p"] * 4, initial=noise_of(rows))
-    assert torch.equal(drawn, decode(pipe.vae, chain.latents[:, -1], ["p"] * 4))
     noisy = samplers.draw(pipe, rows, "ddim", 5, 1.0)
-    assert (noisy - drawn).abs().max() > 1e-3
+    assert (noisy - samplers.draw(pipe, rows, "ddim", 5, 0.0)).abs().max() > 1e-3
     for k in range(4):
         assert (samplers.draw(pipe, rows[k:k + 1], "ddim", 5, 1.0) - noisy[k:k + 1]).abs().max() < 1e-5
     assert samplers.draw(pipe, [row(width=128, height=64)], "lms", 3, 0.0).shape == (1, 3, 64, 128)
