@@ -169,11 +169,11 @@ def by_sampler(entries: list) -> str:
     return table(head, rows)
 
 
-def by_input(entries: list, cell: str, variants: list) -> str:
+def by_input(entries: list, cell: str) -> str:
     """What is brought back: a row for each model and kind of prompt, a column for each step or attack. The
     base is the same beside every variant."""
     rows, head = [], ["%", ""]
-    for variant in variants:
+    for variant in PLAN["attacked"][cell]:
         plan = VARIANTS[variant]
         label = f"`{plan['flags']}`" if plan["flags"] else f"after {plan['rollouts']} rollouts"
         found = [e["figures"] for e in entries if (e["variant"], e["cell"]) == (variant, cell)]
@@ -190,9 +190,7 @@ def tables(entries: list) -> dict[str, str]:
     """{marker: its table} of those whose every cell is measured."""
     made = {name: by_measure(entries, columns, MEASURES if name == "main" else SHORT)
             for name, columns in PLAN["columns"].items()}
-    made |= {cell: by_input(entries, cell, ["default"]) for cell in HIDDEN}
-    made |= {"brought": by_input(entries, "relearn", PLAN["attacked"]["relearn"]),
-             "samplers": by_sampler(entries)}
+    made |= {cell: by_input(entries, cell) for cell in HIDDEN} | {"samplers": by_sampler(entries)}
     return {name: text for name, text in made.items() if "| - |" not in text}
 
 

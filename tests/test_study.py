@@ -72,6 +72,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "start", start)
     monkeypatch.setitem(study.VARIANTS, "default", {"flags": "--kl 0.02", "rollouts": 2, "seeds": [7, 8]})
     monkeypatch.setitem(study.PLAN, "sampled", [])
+    monkeypatch.setitem(study.PLAN, "attacked", dict.fromkeys(study.HIDDEN, ["default"]))
     monkeypatch.setitem(study.PLAN, "cell_seeds", 1)
     docs = tmp_path / "docs"
     docs.mkdir()
