@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from started import SHORT, assert_same_run, contents, tiny
+from started import ROOT, SHORT, assert_same_run, contents, tiny
 from tiny import args_for, figures, parts_for, tiny_clip, tiny_pipe, tiny_unet
 
 import reward
@@ -180,6 +180,15 @@ def test_what_a_run_takes_is_computed_from_its_calls(free, said, monkeypatch, ca
     assert "time     91 min a rollout, 60 h in all" in printed and "sample 1600 x 1 s" in printed
     assert "update 1536 x 2 s, again 769 x 1 s" in printed
     assert "half of --timestep-fraction 39 h, half" in printed
+
+
+def test_a_slow_cpu_counts_an_update_by_the_sampling_of_a_row(monkeypatch):
+    """A forward pass, its checkpointed second, the base's, and two for the backward pass."""
+    args, parts = small_run()
+    vars(args).update(micro_batch=4, no_checkpointing=False, kl=0.01)
+    monkeypatch.setattr(estimate, "SLOW", 0)
+    seconds = estimate.time_calls(args, parts, None).seconds
+    assert seconds["update"] == pytest.approx(5 * 4 * seconds["sample"] / args.sample_batch)
 
 
 def judge(images, prompts):

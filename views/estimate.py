@@ -39,6 +39,11 @@ def time_calls(args, parts, loss_on) -> log.Clock:
             ("update", args.micro_batch, lambda n: loss_on(
                 parts, batch, pairs[:n], None, ones, ones > 0, args)[0].backward())):
         dtype = parts.dtype if kind in ("sample", "decode") else torch.float32  # loss_on has its own
+        row = clock.seconds.get("sample", 0) / args.sample_batch
+        if kind == "update" and parts.device.type == "cpu" and row > SLOW:  # a backward pass takes two calls
+            passes = 3 + (not args.no_checkpointing) + bool(args.kl or args.kl_benign)
+            clock.seconds[kind] = passes * row * size
+            continue
         for n in (1, size):
             with clock(kind), torch.set_grad_enabled(kind == "update"), autocast(parts.device, dtype):
                 call(n)
