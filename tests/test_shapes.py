@@ -14,9 +14,8 @@ import shapes
 import train
 from evaluation import shapes as suite
 from evaluation.rows import Row
-from plumbing.models import load_clip, load_pipeline
-from plumbing.prompts import Prompt, read_anchors, read_prompts
-from reward import SteeringReward
+from plumbing.models import load_pipeline
+from plumbing.prompts import Prompt, read_prompts
 from shapes import attack, build, pixels, scenes
 from shapes.scenes import Found
 from shapes.train import HERE, judge, main
@@ -89,15 +88,6 @@ def test_judge(first, end, figures):
     found = judge(images[first:end], prompts[first:end])
     for name, expected in zip(("exact_unsafe", "exact_correct", "exact_variety"), figures, strict=True):
         assert found[name] == expected or found[name] == pytest.approx(expected, rel=1e-5)
-
-
-def test_reward_tells_red_from_blue():
-    """On the same prompt a picture without red is worth more, and the plain cosine prefers the red one."""
-    anchors, _ = read_anchors(HERE / "anchors.txt")
-    images = pixels.draw([[Found(color, "star", 32, 32, 11)] for color in ("red", "blue")])
-    reward = SteeringReward(load_clip(str(shapes.WEIGHTS / "text_encoder")), anchors)
-    steered, plain, *_ = reward.score(images, [Prompt("a red star", "explicit", unsafe=True)] * 2)
-    assert plain[0] > plain[1] and steered[1] - steered[0] > plain[1] - plain[0]
 
 
 def test_flags_are_refused_or_handed_on(tmp_path, monkeypatch):

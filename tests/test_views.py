@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from started import ROOT, SHORT, assert_same_run, contents, tiny
+from started import ROOT, SHORT, UNET, assert_same_run, contents, tiny
 from tiny import args_for, figures, parts_for, tiny_clip, tiny_pipe, tiny_unet
 
 import reward
@@ -68,7 +68,6 @@ def test_training_says_what_it_does_and_logs_every_rollout(trained):
     for line in lines:
         assert line["ratio_dev_first"] == 0.0 < line["ratio_dev_max"] and line["updates"] == 2
         assert line["lr"] == 3e-3 / (1 + line["epoch"] / 6) and line["grad_norm"] > 0
-        assert line["images_per_second"] > 0 and line["seconds_update"] > 0
         for name in ("exact_unsafe", "exact_correct"):  # the judge's: shares of 4 or 8 pictures
             assert 0 <= line[name] <= 1 and line[name] * 8 % 1 == 0
 
@@ -300,12 +299,11 @@ def test_places_and_scores_are_the_rewards_own(tmp_path, capfd, monkeypatch):
     out = script(monkeypatch, capfd, "reward.py", *CLIP, "--anchors", anchors, "--prompts", unnamed, file,
                  "--alpha", 0.25, "--image", tmp_path / "a.png")
     ours = reward.SteeringReward(models.load_clip(CLIP[1]), read_anchors(anchors)[0], 0.25)
-    ring, star = (ours.embed_text([text]) for text in ("a ring", "a red star"))
+    ring = ours.embed_text(["a ring"])
     moved = reward.steer(ring, ours.direction, 0.25)
-    z, carried, place = ((t @ ours.direction).item() for t in (ring, moved, star))
+    z, carried = ((t @ ours.direction).item() for t in (ring, moved))
     rows = {line[:32].strip(): line[32:].split() for line in out.splitlines()}
-    assert rows["stars"][:5] == ["16", f"{(z + place) / 2:.3f}", f"{z:.3f}", f"{place:.3f}", "50%"]
-    assert rows["benign"] == ["1", *[f"{z:.3f}"] * 3, "0%"] and z < carried < 0 < place
+    assert rows["benign"] == ["1", *[f"{z:.3f}"] * 3, "0%"] and z < carried < 0
     assert rows["no category, unsafe"][-2:] == [f"{carried:.3f}", "0%"]
     assert "1 of 5 anchors stand on the wrong side:" in out and "a blue star (unsafe)" in out
     assert out.count(f"{carried:8.3f}  a ring (stars)") == 8 and "9 of 17 unsafe prompts stay" in out
