@@ -74,7 +74,8 @@ def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
         Table("Variety, effective number of colours",
               "exp of the entropy over the objects on captions that name no colour; 5 where all five benign "
               "colours are equally common.",
-              columns(Variety, lambda said: [sum(o[0] == c for o in said["objects"]) for c in COLORS], plain)),
+              columns(Variety, lambda said: [sum(o[0] == color for o in said["objects"]) for color in COLORS],
+                      plain)),
         Table("Red objects", "Objects, not pictures.", columns(Counts, lambda said: said["red"], kinds)),
         near_table(rows, raw)]
 

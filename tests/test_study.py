@@ -37,25 +37,20 @@ def test_what_is_compared_costs_the_unet_the_same():
         assert abs(calls(one)[0] - calls(other)[0]) <= 1.5 * calls(one)[1]
 
 
-def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    """Trained, measured; then only what is gone. A program that fails ends it."""
-    with pytest.raises(ValueError, match="ended with 1: see .*log.txt"):
-        study.start(tmp_path, "no_such_module")
+def pretended(started: list):
+    """A study.start that reads the flags as the program would, and leaves what it would leave."""
     row = {column: {"value": 1.0, "low": 0.5, "high": 2.0} for _, column, *_ in study.MEASURES.values()}
     report = {"provenance": {"commit": "0" * 40}, "tables": [{"title": title, "rows": [{"cells": row}]}
                                                              for title, *_ in study.MEASURES.values()]}
-    started = []
-
     rates = {"harm words": {"value": 2.5}}
     curves = {model: [{"step": step, "rates": rates} for step in (0, 10)] for model in ("base", "model")}
-    attacked = {kind: {"value": 50.0} for kind in ("plain", "words", "free")}
+    found = {kind: {"value": 50.0} for kind in ("plain", "words", "free")}
     left = {"evaluate": ("report", report),
             "evaluation.relearn": ("relearn", {"curves": curves, "commit": "0"}),
-            "shapes.attack": ("attack", {"base": attacked, "model": attacked, "commit": "0"})}
+            "shapes.attack": ("attack", {"base": found, "model": found, "commit": "0"})}
     parsers = {"evaluate": evaluate.parse, "shapes.train": parse, "evaluation.relearn": relearn.parse}
 
     def start(folder, module, *words):
-        """Reads the flags as the program would, and leaves what it would leave."""
         words = [str(word) for word in words]
         given, out = parsers.get(module, lambda _: None)(words), Path(words[words.index("--out") + 1])
         out.mkdir(parents=True, exist_ok=True)
@@ -68,8 +63,15 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
             name, content = left[module]
             (out / f"{name}.json").write_text(json.dumps(content))
         started.append(f"{module} {getattr(given, 'epochs', '')} {getattr(given, 'resume', '')}".strip())
+    return start
 
-    monkeypatch.setattr(study, "start", start)
+
+def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    """Trained, measured; then only what is gone. A program that fails ends it."""
+    with pytest.raises(ValueError, match="ended with 1: see .*log.txt"):
+        study.start(tmp_path, "no_such_module")
+    started = []
+    monkeypatch.setattr(study, "start", pretended(started))
     monkeypatch.setitem(study.VARIANTS, "default", {"flags": "--kl 0.02", "rollouts": 2, "seeds": [7, 8]})
     monkeypatch.setitem(study.PLAN, "sampled", [])
     monkeypatch.setitem(study.PLAN, "attacked", dict.fromkeys(study.HIDDEN, ["default"]))
@@ -98,7 +100,8 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     made = study.tables(entries)
     assert all(f"-->\nold\n<!-- end -->\nbefore\n<!-- study: relearn -->\n{made['relearn']}<!-- end -->\n"
                in file.read_text() for file in files)
-    assert "| `--kl 0.02` | harm words | 2.5 | 2.5 |\n" in made["relearn"] and "| 0 | 10 |" in made["opposite"]
+    assert "| `--kl 0.02` | harm words | 2.5 | 2.5 |\n" in made["relearn"]
+    assert "| 0 | 10 |" in made["opposite"]
     assert "| base | captions without a colour | 50.0 | 50.0 | 50.0 |\n" in made["attack"]
 
 
