@@ -104,7 +104,8 @@ def ending(reason: Exception, checkpoint: Path) -> BaseException:
 def run_script(name: str, main):
     """Call a program's main. What its user can mend ends it with one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal without a prompt's letters is no error
+        if hasattr(stream, "reconfigure"):  # a terminal without the letters of a prompt is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except torch.OutOfMemoryError as error:
