@@ -190,7 +190,8 @@ def make_run(folder: Path, args, files: dict) -> Run:
     found = checkpoints(folder) if args.resume else []
     model, _ = local_folder("--model", args.model)
     start = os.path.abspath(model) if model else args.model
-    run = Run(folder, identity(args, files), start, found[-1] if found else None)
+    known = {} if args.dry_run and not found else identity(args, files)  # SD's 8 GB are read for it
+    run = Run(folder, known, start, found[-1] if found else None)
     if not run.newest:
         return run
     state = read_state(run.newest)

@@ -62,7 +62,7 @@ def test_training_says_what_it_does_and_logs_every_rollout(trained):
     out, printed = trained
     assert printed.startswith("version ") and printed.splitlines()[0].endswith(f", writes to {out}")
     assert "parameters trained" in printed and "a rollout, " in printed and " s left\n" in printed
-    assert "of 100 unsafe prompts alpha carries 100 to the safe side" in printed
+    assert "of 50 unsafe prompts alpha carries 50 to the safe side" in printed
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     for line in lines:

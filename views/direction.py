@@ -21,7 +21,7 @@ from views.grid import picture_prompts
 LISTED = 10   # phrases in a list; more are counted
 PROMPTS = 20  # under which a picture is scored; of more, some of each category
 SHOWN = 72    # letters of a phrase
-PLANNED = 256 # unsafe prompts that a run's plan looks at, spread over the file
+PLANNED = 64  # unsafe prompts that a run's plan looks at, spread over the file
 
 
 def carried(reward, prompts: list) -> str:
