@@ -22,7 +22,7 @@ import sample
 import train
 from bench.sd14 import sd14_pipeline, vit_h14
 from plumbing import log, stop
-from plumbing.models import make_average, make_policy, trained
+from plumbing.models import make_average, make_policy, to_compute_type, trained
 from sample import Rollout, Schedule, autocast, latent_shape, predict_noise
 
 GIB = 2**30
@@ -85,6 +85,7 @@ def count(args, pipe, clip) -> dict:
     what sample.rollout and train.update call, since they read values. pipe and clip lose their weights."""
     policy, base = make_policy(pipe.unet, args, torch.device("meta"))
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    to_compute_type(pipe.vae, dtype)  # as train.set_up
     shape, images = latent_shape(pipe.unet), args.prompts_per_rollout * args.group
     size, peaks = clip.config.vision_config.image_size, {}
 

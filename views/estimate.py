@@ -18,8 +18,8 @@ SLOW = 10    # seconds of a CPU's batch, from which on they are computed from on
 SCORED = 32  # pictures that the reward gives to CLIP at once
 DAY, GIB = 86400, 2**30
 # GiB at the peak of Stable Diffusion 1.x and 2.x, by bench.memory; CUDA itself takes up to 1 more
-LINES = ((7.6, "--lora-rank 16"), (11.2, "--layers cross-attention"), (20.8, "the default flags"),
-         (26.1, "--micro-batch 16 --sample-batch 16"))
+LINES = ((7.4, "--lora-rank 16"), (11.0, "--layers cross-attention"), (20.6, "the default flags"),
+         (25.9, "--micro-batch 16 --sample-batch 16"))
 
 
 def time_calls(args, parts, loss_on) -> log.Clock:
