@@ -121,19 +121,6 @@ def test_a_run_starts_from_a_checkpoint(kind, flags, finished, models, tmp_path,
             trace("--model", str(moved / FIRST))
 
 
-def test_a_run_may_go_on_for_longer_than_it_was_started_for(finished, tmp_path, quick):
-    """To the bit what a longer run would have been, its log cut back first; then nothing is left to do."""
-    whole, longer = tmp_path / "whole", tmp_path / "longer"
-    quick("--epochs", 3, "--keep", 9, "--out", whole)
-    shutil.copytree(finished("average")[0], longer)
-    with open(longer / "metrics.jsonl", "a") as log:
-        log.write('{"epoch": 2, "reward_mean": 7}\n{"epoch": 3}\n{"ep')
-    quick("--epochs", 3, "--keep", 9, "--out", longer, "--resume")
-    assert_same_run(longer, whole)
-    with pytest.raises(ValueError, match="has 3 already, so there is nothing to do"):
-        quick("--out", longer, "--resume")
-
-
 @pytest.mark.parametrize("name, content", [
     ("state.json", b"{"), ("state.json", b"{}"), ("training.pt", pickle.dumps(Malicious(), 2)),
     ("training.pt", b"PK"), (UNET, b"torn")], ids=range(5))
@@ -281,16 +268,22 @@ def test_a_checkpoint_is_due_by_time_and_a_grid_early(finished, models, tmp_path
     assert contents(tmp_path / "other" / SECOND)[UNET] == contents(finished("average")[0] / SECOND)[UNET]
 
 
-def test_main_works_in_a_thread_and_twice(finished, begun, quick):
-    """As in a notebook: no signal is heard there, and the folder is free when main has returned or raised."""
+def test_a_run_goes_on_for_longer_than_it_was_started_for_and_in_a_thread(finished, tmp_path, quick):
+    """To the bit what a longer run is, its log cut back first; then nothing is left to do. In a thread, as in
+    a notebook, no signal is heard, and the folder is free when main has returned or raised."""
+    out = tmp_path / "run"
     with ThreadPoolExecutor(1) as pool:
-        in_a_thread = lambda *words: pool.submit(quick, "--out", begun, "--resume", *words).result()
-        with pytest.raises(ValueError, match="flags.group"):
-            in_a_thread("--group", 3)
+        in_a_thread = lambda *words: pool.submit(quick, "--out", out, *words).result()
         in_a_thread("--epochs", 1)
-        in_a_thread()
-    quick("--out", begun, "--resume")
-    assert_same_run(begun, finished("average")[0])
+        with open(out / "metrics.jsonl", "a") as log:
+            log.write('{"epoch": 1, "reward_mean": 7}\n{"epoch": 2}\n{"ep')
+        with pytest.raises(ValueError, match="flags.group"):
+            in_a_thread("--resume", "--group", 3)
+        in_a_thread("--resume")
+    quick("--out", out, "--resume")
+    assert_same_run(out, finished("average")[0])
+    with pytest.raises(ValueError, match="has 2 already, so there is nothing to do"):
+        quick("--out", out, "--resume", "--epochs", 1)
 
 
 @pytest.mark.parametrize("name, program", [("SIGINT", "x/train.py"), ("SIGTERM", "train.py"),
