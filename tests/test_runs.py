@@ -28,6 +28,7 @@ import reward
 import train
 from plumbing import run
 from plumbing.models import load_pipeline, trace
+from views.grid import is_due
 
 FIRST, SECOND = "checkpoint-000001", "checkpoint-000002"
 Accepted = type("Accepted", (Exception,), {})  # --resume has found the run to be the same, and loads networks
@@ -217,8 +218,11 @@ def test_what_happens_to_a_file_after_the_start_changes_nothing(models, tmp_path
     assert not hashed
 
 
-def old_run(out: Path) -> dict:
-    """A folder that looks like a finished run, with links in it; returns what it holds."""
+def test_a_new_run_replaces_the_old_one_alone_and_only_where_all_its_flags_are_right(
+        models, quick, tmp_path, monkeypatch):
+    """A mistake leaves all as it was, even one that is found while networks are loaded. Links are no folders.
+    Without --overwrite nothing is replaced."""
+    out = tmp_path / "run"
     for name in ("checkpoint-000007", "elsewhere", "base"):
         (out / name).mkdir(parents=True)
         (out / name / "weights").write_text(name)
@@ -226,22 +230,13 @@ def old_run(out: Path) -> dict:
     (out / "checkpoint-000003").symlink_to(out / "nowhere")
     for name in ("metrics.jsonl", "flags.json", "table.md", "pictures-000007.png", "mine.txt", ".lock"):
         (out / name).touch()
-    return contents(out)
-
-
-@pytest.mark.parametrize("flags", [
-    "--steps 1001", "--anchors /none", "--clip {}/a/unet", "--seed 1", "--resume", ""])
-def test_a_mistake_leaves_the_old_run_alone(flags, models, quick, tmp_path, monkeypatch):
-    """Even one that is found while networks are loaded. Without --overwrite nothing is replaced."""
-    monkeypatch.setattr(train, "set_up", Mock(side_effect=OSError("torn weights")))
-    before, words = old_run(tmp_path / "run"), flags.replace("{}", str(models)).split()
-    with pytest.raises((ValueError, OSError, SystemExit)):
-        quick("--out", tmp_path / "run", *["--overwrite"][:bool(flags)], *words)
-    assert contents(tmp_path / "run") == before
-
-
-def test_a_new_run_replaces_the_old_one_and_nothing_else(quick, tmp_path):
-    old_run(out := tmp_path / "run")
+    before = contents(out)
+    for flags in ("--steps 1001", "--anchors /none", "--clip {}/a/unet", "--seed 1", "--resume", ""):
+        words = [*["--overwrite"][:bool(flags)], *flags.replace("{}", str(models)).split()]
+        with monkeypatch.context() as patch, pytest.raises((ValueError, OSError, SystemExit)):
+            patch.setattr(train, "set_up", Mock(side_effect=OSError("torn weights")))
+            quick("--out", out, *words)
+        assert contents(out) == before, flags
     quick("--out", out, "--overwrite", "--epochs", 1, *SHORT)
     assert {path.name for path in out.iterdir()} == {
         FIRST, "base", "final", "metrics.jsonl", "flags.json", "table.md", "mine.txt", "elsewhere", ".lock"}
@@ -249,23 +244,23 @@ def test_a_new_run_replaces_the_old_one_and_nothing_else(quick, tmp_path):
     assert of_base(out / "base") == of_base(out / "final")
 
 
-def test_a_checkpoint_is_due_by_time_and_a_grid_early(finished, models, tmp_path, quick, monkeypatch):
+def test_a_checkpoint_is_due_by_time_and_a_grid_early(finished, tmp_path, quick, monkeypatch):
     """After every rollout, where none is to be lost. What --save-every has not asked for goes first; nothing
     is learnt otherwise."""
-    out, kept, grids, save = tmp_path / "run", [], [], run.save
+    out, whole, kept, grids, save = tmp_path / "run", finished("average")[0], [], [], run.save
 
     def shown(folder, done, *_):
         assert (folder / f"checkpoint-{done:06d}").exists()  # written before anything is drawn
+        assert done != 2 or contents(folder / SECOND)[UNET] == contents(whole / SECOND)[UNET]
         grids.append(done)
     monkeypatch.setattr(run, "SAVE_SECONDS", 0)
     monkeypatch.setattr(run, "save", lambda *given, **more: save(*given, **more) and kept.append(
         [int(path.name[-2:]) for path in run.checkpoints(out)]))
     monkeypatch.setattr(train, "show_run", shown)
-    quick("--epochs", 11, *SHORT, "--save-every", 4, "--picture-every", 8, "--out", out)
-    assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 6], [4, 7], [4, 8], [8, 9], [8, 10], [8, 11]]
-    assert grids == [1, 2, 5, 8, 10, 11]
-    quick("--save-every", 50, "--out", tmp_path / "other")
-    assert contents(tmp_path / "other" / SECOND)[UNET] == contents(finished("average")[0] / SECOND)[UNET]
+    quick("--epochs", 7, "--save-every", 3, "--picture-every", 6, "--out", out)
+    assert kept == [[1], [1, 2], [2, 3], [3, 4], [3, 5], [3, 6], [6, 7]] and grids == [1, 2, 5, 6, 7]
+    due = [done for done in range(1, 30) if is_due(done, SimpleNamespace(epochs=27, picture_every=8))]
+    assert due == [1, 2, 5, 8, 10, 16, 20, 24, 27]
 
 
 def test_a_run_goes_on_for_longer_than_it_was_started_for_and_in_a_thread(finished, tmp_path, quick):
