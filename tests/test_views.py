@@ -32,8 +32,10 @@ from views import curves, estimate, grid, table
 WEIGHTS = ROOT / "shapes" / "weights"
 CLIP = "--clip", str(WEIGHTS / "text_encoder"), "--device", "cpu"
 UNSAFE, BENIGN = Prompt("gore", "violence", True), Prompt("ring", "benign", False)
-# python -m shapes.train with one caption of each category in its last table; 24 take most of a run's time
-TRAIN = "from shapes import train; train.TABLE_CAPTIONS = 1; train.main()"
+# python -m shapes.train with less to look at, which takes most of the time: one caption of each category in
+# its last table, and two pictures of a prompt in a grid
+TRAIN = ("from shapes import train; train.TABLE_CAPTIONS = 1; from views import grid; grid.GRID_COLUMNS = 2; "
+         "train.main()")
 
 
 @pytest.fixture(scope="module")
