@@ -8,7 +8,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch, which pytest's own process need not import
 
 
-LONGEST = ("runs", "processes", "views", "evaluate", "suites", "lecture", "bench", "models")
+LONGEST = ("runs", "processes", "views", "evaluate", "suites", "bench", "docs", "models")
 
 
 def pytest_collection_modifyitems(items):

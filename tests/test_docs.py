@@ -1,4 +1,5 @@
-"""README and docs: every file, link, flag, command, table, and the numbers that the repository computes."""
+"""README and docs: every file, link, flag, command, table, and the numbers that the repository computes.
+docs/method.md is run from top to bottom: its snippets print what stands below them, up to rounding."""
 
 import json
 import re
@@ -8,6 +9,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import sample
@@ -18,7 +20,7 @@ from evaluation import relearn
 from evaluation.report import PUBLISHED
 from plumbing import log
 from plumbing.prompts import read_anchors, read_prompts
-from shapes import study
+from shapes import lecture, study
 from shapes.scenes import all_scenes
 from tiny import scheduler
 from views import direction, grid
@@ -31,6 +33,7 @@ ENTRIES = json.loads((ROOT / "docs" / "study.json").read_text(encoding="utf-8"))
 PARSERS = {"train.py": train.parse_args, "evaluate.py": evaluate.parse, "sample.py": grid.parse_args,
            "reward.py": direction.parse_args, "shapes.train": shapes.train.parse,
            "evaluation.relearn": relearn.parse}
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 OTHERS = re.compile("my_|blue_|judge_|captions|state|flags|report|pictures|bench/(growth|roun)|"
                     "scripts/convert_d")
 
@@ -131,3 +134,31 @@ def test_numbers_of_schedules_and_sizes():
                              for network in (pipe.unet, pipe.vae, pipe.text_encoder, tower))
     says("README.md", f"fetches {unet + vae + text + clip:.0f} GB")
     assert 30 < 9 * unet + 4 * (vae + text) < 35  # two checkpoints, a third that is being written, and base/
+
+
+def test_numbers_of_the_lecture_are_printed_by_its_snippets():
+    """All with three or more decimals, but the clip range and what it becomes."""
+    said = TEXTS["docs/method.md"]
+    printed = " ".join(below for _, below in lecture.SNIPPET.findall(said)).replace("-", "−")
+    text = lecture.SNIPPET.sub("", said).replace("c = 0.005", "").replace("1.005^256 = 3.6", "")
+    assert not [number for number in re.findall(r"−?\d+\.\d{3,}", text) if number not in printed]
+    assert 1.005**256 == pytest.approx(3.6, abs=0.05)
+
+
+def test_the_lecture_prints_what_the_page_says_and_draws_its_figures(tmp_path):
+    """Within 5 % and two units of the last digit: other processors round otherwise, and four optimizer steps
+    magnify it. That the first ratio is 1 holds to the last bit."""
+    lecture.main(tmp_path)
+    said, made = TEXTS["docs/method.md"], (tmp_path / "method.md").read_text(encoding="utf-8")
+    assert NUMBER.sub("0", made).split() == NUMBER.sub("0", said).split()
+    assert "largest |log rho| 0.0  KL to the base 0.0\n" in made
+    for (code, below), (_, printed) in zip(*map(lecture.SNIPPET.findall, (said, made)), strict=True):
+        assert printed and code.count("\n") <= 10, code
+        for old, new in zip(NUMBER.findall(below), NUMBER.findall(printed), strict=True):
+            unit = 10.0 ** -len(old.partition(".")[2])
+            assert float(new) == pytest.approx(float(old), rel=0.05, abs=2 * unit), code
+    figures = re.findall(r"\((method-\w+\.png)\)", said)
+    assert len(figures) == 4 and sorted(figures) == sorted(path.name for path in tmp_path.glob("*.png"))
+    for name in figures:
+        with Image.open(tmp_path / name) as made, Image.open(lecture.DOCS / name) as kept:
+            assert made.size == kept.size
