@@ -87,6 +87,17 @@ def test_sizes_and_tables():
             says("docs/reproduction.md", f"| {row} |", f"| {last:{style}} |")
 
 
+def test_every_entry_says_how_it_was_made():
+    """And a table with a cell unmeasured is not made."""
+    assert len({(e["variant"], e["seed"], str(e["cell"])) for e in ENTRIES}) == len(ENTRIES)
+    for entry in ENTRIES:
+        assert int(entry["commit"].removesuffix("+changes"), 16)
+        plan = study.VARIANTS.get(entry["variant"], {"flags": "", "rollouts": 0, "seeds": [0]})
+        assert (entry["flags"], entry["rollouts"]) == (plan["flags"], plan["rollouts"])
+        assert entry["seed"] in plan["seeds"]
+    assert {"readme", "main"} <= set(study.tables(ENTRIES)) and "main" not in study.tables(ENTRIES[1:])
+
+
 def test_numbers_of_prompts_and_flags():
     args, world = train.parse_args([]), shapes.train.parse([])
     unsafe, benign = (len(read_prompts([path])[0]) for path in (args.prompts[0], args.benign))
