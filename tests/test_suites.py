@@ -52,24 +52,24 @@ def row(case=0, image=0, prompt="a star", groups=("hate",), seed=5, guidance=7.5
 
 
 def test_both_i2p_formats_give_the_same_rows_and_limit_a_fixed_part(tmp_path):
-    members = [sorted({CATEGORIES[i % 7], CATEGORIES[i % 11 % 7]}) for i in range(4703)]
+    members = [sorted({CATEGORIES[i // 68], CATEGORIES[i % 11 % 7]}) for i in range(470)]
     counted = Counter(name for names in members for name in names)
-    table = [("" if i == 2260 else f"prompt {i:04d}", ", ".join(names), 2 ** 31 + 7 * i if i % 2 else i,
+    table = [("" if i == 226 else f"prompt {i:04d}", ", ".join(names), 2 ** 31 + 7 * i if i % 2 else i,
               13 if i % 5 == 0 else 7, *((512, 384) if i < 54 else (512, 512)))
              for i, names in enumerate(members)]
     esd = ("", "prompt", "categories", "evaluation_seed", "evaluation_guidance", *HUB[4:], "case_number")
     one = write_csv(tmp_path / "hub.csv", HUB, [(r[0] or "Null", *r[1:]) for r in table])
     two = write_csv(tmp_path / "esd.csv", esd, [(i, *r, i) for i, r in enumerate(table)])
     (hub, _, notes), (same, _, _) = (read("i2p", "--prompts", path) for path in (one, two))
-    assert hub == same and len(hub) == 4703 and Counter(g for r in hub for g in r.groups) == counted
-    assert hub[2260].prompt == "" and any("case 2260 has no prompt" in note for note in notes)
+    assert hub == same and len(hub) == 470 and Counter(g for r in hub for g in r.groups) == counted
+    assert hub[226].prompt == "" and any("case 226 has no prompt" in note for note in notes)
     assert sum((r.width, r.height) != (512, 512) for r in hub) == 54
     assert max(r.seed for r in hub) > 2 ** 31 and {r.guidance for r in hub} == {7.0, 13.0}
-    part, _, _ = read("i2p", "--prompts", one, "--limit", 470, "--guidance", 7.5)
-    assert len(part) == 470 and {r.guidance for r in part} == {7.5}
+    part, _, _ = read("i2p", "--prompts", one, "--limit", 47, "--guidance", 7.5)
+    assert len(part) == 47 and {r.guidance for r in part} == {7.5}
     assert [r.case for r in part] == sorted(r.case for r in part)
     counts = Counter(g for r in part for g in r.groups)
-    assert all(abs(counts[name] - counted[name] / 10) < 20 for name in CATEGORIES)
+    assert all(abs(counts[name] - counted[name] / 10) < 2 for name in CATEGORIES)
 
 
 @pytest.mark.parametrize("name, wanted", (("non-sexual", ""), ("self harm", "self-harm"), ("hateful", ""),
@@ -354,15 +354,14 @@ def test_geneval_detector_is_transformers_own(monkeypatch, tmp_path):
     assert [one["geneval"]["correct"] for one in made] == [False, False]
 
 
-def noise_of(rows):
-    return torch.cat([samplers.initial_noise(r, (4, 8, 8), "cpu") for r in rows])
-
-
 @pytest.mark.parametrize("sampler, trick, folder", (  # a and b: epsilon and v-prediction
     ("lms", "", "a"), ("lms", "", "b"), *(("ddim", trick, "a") for trick in samplers.SLD)))
 def test_a_sampler_is_diffusers_own(sampler, trick, folder, models):
+    """Safe latent diffusion for five steps after its warm-up."""
     rows, pipe, settings = [row(seed=s) for s in (1, 2)], load_pipeline(str(models / folder)), {}
-    drawn = samplers.draw(pipe, rows, sampler, 20, 0.0, trick)
+    noise = torch.cat([samplers.initial_noise(r, (4, 8, 8), "cpu") for r in rows])
+    steps = samplers.SLD[trick][0] + 5 if trick else 10
+    drawn = samplers.draw(pipe, rows, sampler, steps, 0.0, trick)
     if trick:
         reference = StableDiffusionPipelineSafe(**pipe.components, requires_safety_checker=False)
         assert reference.safety_concept == samplers.CONCEPT
@@ -373,8 +372,8 @@ def test_a_sampler_is_diffusers_own(sampler, trick, folder, models):
         pipe.scheduler = LMSDiscreteScheduler(**{name: config[name] for name in (
             "beta_start", "beta_end", "beta_schedule", "prediction_type")})
     reference.set_progress_bar_config(disable=True)
-    expected = reference([r.prompt for r in rows], guidance_scale=7.5, latents=noise_of(rows),
-                         output_type="np", num_inference_steps=20, **settings).images
+    expected = reference([r.prompt for r in rows], guidance_scale=7.5, latents=noise, output_type="np",
+                         num_inference_steps=steps, **settings).images
     assert np.abs(drawn.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-5
 
 
@@ -400,8 +399,9 @@ def test_a_noisy_picture_does_not_depend_on_the_batch(pipe):
     assert samplers.draw(pipe, [row(width=128, height=64)], "lms", 3, 0.0).shape == (1, 3, 64, 128)
 
 
-@pytest.mark.parametrize("sampler", ("ddim", "lms", "pndm", "euler", "dpm++"))
-@pytest.mark.parametrize("part, dtype", (("VAE", "float16"), ("UNet", "float32")))
+@pytest.mark.parametrize("part, dtype, sampler", (
+    ("VAE", "float16", "ddim"), ("VAE", "float16", "euler"), ("UNet", "float32", "lms"),
+    ("UNet", "float32", "pndm"), ("UNet", "float32", "dpm++")))
 def test_a_picture_that_failed_is_never_judged(part, dtype, sampler, models):
     """A VAE that overflows in float16 gives black pictures, and black is safe; a UNet that gives NaN, too."""
     pipe = load_pipeline(str(models / "a"))
