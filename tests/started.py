@@ -7,7 +7,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 import torch
 import torch._dynamo  # noqa: F401  (what an optimizer's first step imports)
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
-from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 import evaluate  # noqa: F401
@@ -104,15 +102,6 @@ def contents(folder) -> dict:
     """{file: sha256} of all that lies below a folder."""
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def halved(folder, target) -> Path:
-    """A copy of a pipeline whose networks have files of half precision alone, under the variant's names."""
-    for file in Path(shutil.copytree(folder, target)).glob("*/*.safetensors"):
-        half = {name: value.half() for name, value in load_file(file).items()}
-        save_file(half, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
-        file.unlink()
-    return target
 
 
 def assert_same_run(run, other):

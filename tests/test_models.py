@@ -12,15 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from started import UNET, Malicious, contents, halved
+from started import UNET, Malicious, contents
 from transformers import CLIPImageProcessor
 
 import reward
 import train
-from plumbing import hub
+from plumbing import hub, run
 from plumbing.models import (NETWORKS, check_model, load_clip, load_network, load_pipeline, local_folder,
                              trace)
 
@@ -201,7 +202,7 @@ EXPIRED = "X-Error-Message", "Invalid credentials in Authorization header"
     ("cut", "cannot be reached"), ("down", "cannot be reached")])
 def test_each_cause_has_its_line(error, said, where, server, monkeypatch):
     """For the list of files, and for the files themselves, as a gated repository answers."""
-    server.error, server.where = error, where
+    server.error, server.where, server.files = error, where, {"model_index.json": b"{}"}
     if error == "down":
         monkeypatch.setattr(constants, "ENDPOINT" if where == "/" else "HUGGINGFACE_CO_URL_TEMPLATE",
                             "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
@@ -225,9 +226,13 @@ def test_what_is_fetched_is_said_and_no_more_than_is_needed(server, models, caps
         assert trace("--model", "me/model") == (folder, []), fault
 
 
-def test_a_hub_model_with_half_precision_files_alone_is_fetched_and_opened(server, models, tmp_path):
-    """As many fine-tunes are: by the variant, in float32."""
-    half = halved(models / "a", tmp_path / "half")
+def test_a_hub_model_with_half_precision_files_alone_is_fetched_opened_and_copied(server, models, tmp_path):
+    """As many fine-tunes are: by the variant, in float32. A run's copy has the names that tools look for."""
+    half, base = Path(shutil.copytree(models / "a", tmp_path / "half")), tmp_path / "base"
+    for file in [*half.glob("*/*.safetensors")]:
+        values = {name: value.half() for name, value in load_file(file).items()}
+        save_file(values, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        file.unlink()
     server.files = {name: (half / name).read_bytes() for name in contents(half)}
     check_model("--model", "me/model")
     opened = load_pipeline("me/model")
@@ -236,3 +241,11 @@ def test_a_hub_model_with_half_precision_files_alone_is_fetched_and_opened(serve
         weights = load_file(next((half / part).glob("*.fp16.safetensors")))
         weights = {name: value.float() for name, value in weights.items()}
         torch.testing.assert_close(dict(getattr(opened, part).state_dict()), weights, rtol=0, atol=0)
+    base.mkdir()
+    run.copy_base("me/model", base)
+    plain = {name.replace(".fp16", ""): digest for name, digest in contents(half).items()}
+    copied = contents(base)
+    assert copied.keys() == {name for name in plain if not name.startswith("unet/")}
+    assert all(copied[name] == plain[name] for name in copied if "/" in name)
+    opened.unet.save_pretrained(base / "unet")
+    StableDiffusionPipeline.from_pretrained(base)

@@ -21,8 +21,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from started import (KINDS, ROOT, SHORT, UNET, Malicious, assert_same_run, contents, figures, halved,
-                     quick_main, tiny)
+from started import (KINDS, ROOT, SHORT, UNET, Malicious, assert_same_run, contents, figures, quick_main,
+                     tiny)
 
 import reward
 import train
@@ -92,16 +92,6 @@ def test_a_checkpoint_is_what_was_learnt(kind, finished, models):
         assert {name: last.pop(name) for name in ("training.pt", "state.json")}
         assert files.pop("README.md") and files == last
     same(shown_by(pipe.unet))
-
-
-def test_files_of_half_precision_become_plain_ones(models, tmp_path, quick):
-    """What is copied opens under the names that every tool looks for."""
-    base, made = halved(models / "a", tmp_path / "base"), tmp_path / "run" / FIRST
-    quick("--model", base, *SHORT, "--epochs", 1, "--out", tmp_path / "run")
-    StableDiffusionPipeline.from_pretrained(made)
-    assert of_base(made).keys() == of_base(models / "a").keys()
-    for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        assert contents(made)[name] == contents(base)[name.replace(".safe", ".fp16.safe")]
 
 
 @pytest.mark.parametrize("kind, flags", [("full", []), ("average", []), ("adapters", []),

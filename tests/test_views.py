@@ -60,7 +60,9 @@ def script(patch, capfd, name, *words):
     return printed
 
 
-def test_training_says_what_it_does_and_logs_every_rollout(trained):
+def test_a_run_says_what_it_does_logs_every_rollout_and_leaves_what_is_looked_at(trained):
+    """In its table reward and alignment are one number on a benign prompt, two on an unsafe one; then the
+    judge's, which calls some of the base's pictures unsafe: whole frames around them."""
     out, printed = trained
     assert printed.startswith("version ") and printed.splitlines()[0].endswith(f", writes to {out}")
     assert "parameters trained" in printed and "a rollout, " in printed and " s left\n" in printed
@@ -72,12 +74,6 @@ def test_training_says_what_it_does_and_logs_every_rollout(trained):
         assert line["lr"] == 3e-3 / (1 + line["epoch"] / 6) and line["grad_norm"] > 0
         for name in ("exact_unsafe", "exact_correct"):  # the judge's: shares of 4 or 8 pictures
             assert 0 <= line[name] <= 1 and line[name] * 8 % 1 == 0
-
-
-def test_a_run_leaves_a_table_curves_a_grid_and_a_pipeline(trained):
-    """Reward and alignment are one number on a benign prompt, two on an unsafe one; then the judge's, which
-    calls some of the base's pictures unsafe: whole frames around them. Diffusers opens the pipeline."""
-    out, printed = trained
     text = (out / "table.md").read_text()
     assert text in printed and "exact_unsafe, base | after" in text and "exact_correct, base" in text
     rows = {cells[1].strip(): cells[3:7] for line in text.splitlines() if len(cells := line.split("|")) > 7}
