@@ -1,6 +1,6 @@
 """Tests of the loop's own parts: public schedules; what an epoch draws, from which random streams, at which
-rate; average and adapters; compute in bf16; no number that failed is learnt or judged. And of its log, on figures
-made by hand: a rollout's line, warnings, trend, time, the plan."""
+rate; average and adapters; compute in bf16; nothing that failed is learnt or judged. And of its log, on
+figures made by hand: a rollout's line, warnings, trend, time, the plan."""
 
 import copy
 import json
