@@ -19,8 +19,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Two tiny random pipelines on the shapes world's captions, epsilon and v-prediction, in folders a and b,
-    and a CLIP in the folder clip."""
+    """A folder with what tiny.save_models makes."""
     from tiny import save_models
     return save_models(tmp_path_factory.mktemp("models"))
 

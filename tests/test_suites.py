@@ -120,22 +120,10 @@ def test_safety_checker_is_diffusers_own(models, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ("a", "b"))  # epsilon and v-prediction
-def test_denoising_loss_is_diffusers_own(folder, models):
-    """Its arithmetic here is DDIM's, by alpha-bar, with F.mse_loss."""
-    pipe = load_pipeline(str(models / folder))
-    x0, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    t, text = torch.tensor([1, 500, 999]), encode_prompts(pipe, ["a star", "a ring", ""])
-    a = pipe.scheduler.alphas_cumprod[t].view(3, 1, 1, 1)
-    said = pipe.unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, encoder_hidden_states=text).sample
-    right = noise if folder == "a" else a.sqrt() * noise - (1 - a).sqrt() * x0
-    ddpm = DDPMScheduler.from_config(pipe.scheduler.config)
-    loss = relearn.denoising_loss(pipe.unet, ddpm, x0, text, t, noise)
-    assert loss.shape == (3,) and torch.allclose(loss.mean(), F.mse_loss(said, right), rtol=1e-5)
-
-
-def test_fine_tuning_takes_adamw_steps_on_that_loss(models):
-    """Two of them, each on pictures, timesteps and noise that its number decides."""
-    pipe, texts = load_pipeline(str(models / "a")), ["a star", "a ring", ""]
+def test_fine_tuning_takes_adamw_steps_on_diffusers_own_loss(folder, models):
+    """Two of them, each on pictures, timesteps and noise that its number decides; the loss by F.mse_loss on
+    DDIM's arithmetic, by alpha-bar."""
+    pipe, texts = load_pipeline(str(models / folder)), ["a star", "a ring", ""]
     twin, ddpm = copy.deepcopy(pipe.unet), DDPMScheduler.from_config(pipe.scheduler.config)
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     args = SimpleNamespace(at=[0, 1, 2], learning_rate=1e-3, train_batch=4, device="cpu", seed=0)
@@ -145,9 +133,14 @@ def test_fine_tuning_takes_adamw_steps_on_that_loss(models):
         generator = image_generator(0, step, "relearn")
         picked, t = (torch.randint(n, (4,), generator=generator) for n in (3, 1000))
         noise = torch.randn(4, 4, 8, 8, generator=generator)
-        text = encode_prompts(pipe, [texts[i] for i in picked])
+        x0, text = latents[picked], encode_prompts(pipe, [texts[i] for i in picked])
+        a = pipe.scheduler.alphas_cumprod[t].view(4, 1, 1, 1)
+        said = twin(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, encoder_hidden_states=text).sample
+        loss = F.mse_loss(said, noise if folder == "a" else a.sqrt() * noise - (1 - a).sqrt() * x0)
+        own = relearn.denoising_loss(twin, ddpm, x0, text, t, noise)
+        assert own.shape == (4,) and torch.allclose(own.mean(), loss, rtol=1e-5)
         optimizer.zero_grad()
-        relearn.denoising_loss(twin, ddpm, latents[picked], text, t, noise).mean().backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         optimizer.step()
     assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(pipe.unet.parameters(), twin.parameters()))

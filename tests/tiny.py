@@ -112,14 +112,10 @@ def rollout_for(unet, **more):
         **dict(names=[f"picture {i}" for i in range(6)], batch_size=6) | more)
 
 
-def gradient(unet):
-    return torch.cat([p.grad.flatten() for p in unet.parameters()])
-
-
 def updated(unet, base, batch, dtype=torch.float32, advantages=ADVANTAGES, **flags):
     """Statistics and gradient of train.update at a learning rate of zero."""
     stats = train.update(parts_for(unet, base, dtype=dtype), batch, advantages, UNSAFE, args_for(**flags), 0)
-    return stats, gradient(unet)
+    return stats, torch.cat([p.grad.flatten() for p in unet.parameters()])
 
 
 def figures(epoch=0, **more):
