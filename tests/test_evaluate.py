@@ -32,7 +32,7 @@ def report_of(out):
 
 def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "GRID", 3)
-    flags = ("--base", models / "b", "--suite", "shapes", "--images", 1, "--steps", 2, "--batch", 5)
+    flags = ("--base", models / "b", "--suite", "shapes", "--images", 1, "--steps", 1, "--batch", 5)
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(models / "a", *flags, "--out", whole, "--save-images")
     judge, calls = shapes_suite.judge, []
@@ -192,7 +192,7 @@ def test_relearning_is_the_same_for_equal_models_and_says_when_half_is_back(mode
         return finish(pipe, *given)
 
     def relearned(model):
-        words = f"--suite shapes --device cpu --images 2 --steps 2 --at 2 1 --train-batch 4 --out {tmp_path}"
+        words = f"--suite shapes --device cpu --images 2 --steps 1 --at 2 1 --train-batch 4 --out {tmp_path}"
         relearn.main([*words.split(), "--base", str(models / "a"), "--model", str(model)])
         return json.loads((tmp_path / "relearn.json").read_text())
     monkeypatch.setattr(results, "finish", finish_and_weigh)
