@@ -236,7 +236,7 @@ def test_a_new_run_replaces_the_old_one_alone_and_only_where_all_its_flags_are_r
 
 def test_a_checkpoint_is_due_by_time_and_a_grid_early(finished, tmp_path, quick, monkeypatch):
     """After every rollout, where none is to be lost. What --save-every has not asked for goes first; nothing
-    is learnt otherwise."""
+    is learnt otherwise, nor in a run that is to be longer."""
     out, whole, kept, grids, save = tmp_path / "run", finished("average")[0], [], [], run.save
 
     def shown(folder, done, *_):
