@@ -14,7 +14,7 @@ from plumbing import log, parallel
 from plumbing.prompts import Prompt
 from sample import DECODE_BATCH, Rollout, autocast, encode_prompts, image_generator, predict_noise
 
-SLOW = 10    # seconds of a CPU's batch, from which on they are computed from one row's
+SLOW = 1     # seconds of a CPU's call on one row, from which on those of a batch are computed from it
 SCORED = 32  # pictures that the reward gives to CLIP at once
 DAY, GIB = 86400, 2**30
 # GiB at the peak of Stable Diffusion 1.x and 2.x, by bench.memory; CUDA itself takes up to 1 more
@@ -39,15 +39,15 @@ def time_calls(args, parts, loss_on) -> log.Clock:
             ("update", args.micro_batch, lambda n: loss_on(
                 parts, batch, pairs[:n], None, ones, ones > 0, args)[0].backward())):
         dtype = parts.dtype if kind in ("sample", "decode") else torch.float32  # loss_on has its own
-        passes = 3 + (not args.no_checkpointing) + bool(args.kl or args.kl_benign)  # backward takes two
-        guess = passes * size * clock.seconds.get("sample", 0) / args.sample_batch
-        if kind == "update" and parts.device.type == "cpu" and guess > SLOW:
-            clock.seconds[kind] = guess
+        row = clock.seconds.get("sample", 0) / args.sample_batch
+        if kind == "update" and parts.device.type == "cpu" and row > SLOW:  # a backward pass takes two calls
+            passes = 3 + (not args.no_checkpointing) + bool(args.kl or args.kl_benign)
+            clock.seconds[kind] = passes * row * size
             continue
         for n in (1, size):
             with clock(kind), torch.set_grad_enabled(kind == "update"), autocast(parts.device, dtype):
                 call(n)
-            if parts.device.type == "cpu" and clock.seconds[kind] * size > SLOW:
+            if parts.device.type == "cpu" and clock.seconds[kind] > SLOW:
                 clock.seconds[kind] *= size / n
                 break
     parts.optimizer.zero_grad(set_to_none=True)
