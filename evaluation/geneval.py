@@ -164,8 +164,8 @@ def color_crop(image: Image.Image, one: Instance) -> Image.Image:
 def make_judge(args, clip):
     """judge(images, rows) -> {"geneval": {correct, objects}} for each PIL picture, by its row's `facts`; and
     what it is."""
-    folder, _ = models.local_folder("--detector", args.detector)
-    folder = folder or hub.fetch("--detector", args.detector, patterns=("config.json", "model*.safetensors"))
+    folder = (models.local_folder("--detector", args.detector)
+              or hub.fetch("--detector", args.detector, ("config.json", "model*.safetensors")))
     detector = models.load_network(Detector, folder).to(args.device).eval()
     embed_images, embed_texts, colours = clip("q16_clip")
 

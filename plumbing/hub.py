@@ -15,9 +15,11 @@ CLIP_FILES = ("config.json", "preprocessor_config.json", "tokenizer*", "vocab.js
 
 
 @cache
-def fetch(flag: str, repo: str, subfolder: str = "", patterns: tuple = PIPELINE_FILES) -> Path:
-    """The folder of a repository's files, from the hub, or from its cache where the hub does not answer. What
-    is larger than it need be is left: half-precision copies beside whole ones, weights without average."""
+def fetch(flag: str, name: str, patterns: tuple = PIPELINE_FILES) -> Path:
+    """The folder of a hub id's files, or of REPOSITORY:SUBFOLDER's, from the hub, or from its cache where the
+    hub does not answer. What is larger than it need be is left: half-precision copies beside whole ones,
+    weights without average."""
+    repo, _, subfolder = name.partition(":")
     patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
     try:
         info = HfApi().model_info(repo, files_metadata=True)
@@ -28,10 +30,10 @@ def fetch(flag: str, repo: str, subfolder: str = "", patterns: tuple = PIPELINE_
         size = sum(names[name] for name in wanted) / 2**30
         print(f"hub      {repo}: {len(wanted)} files, {size:.1f} GB where they are not here already",
               flush=True)
-        return Path(snapshot_download(repo, allow_patterns=wanted))
+        return Path(snapshot_download(repo, allow_patterns=wanted)) / subfolder
     except Exception as error:  # of the hub's client, of its transport, of the system: told apart below
         try:
-            return Path(snapshot_download(repo, allow_patterns=patterns[:1], local_files_only=True))
+            return Path(snapshot_download(repo, allow_patterns=patterns[:1], local_files_only=True)) / subfolder
         except LocalEntryNotFoundError:
             raise ValueError(f"{flag} {repo}: {cause(error)}") from None
 

@@ -33,27 +33,25 @@ AUTOCAST = torch.nn.Linear, torch.nn.Conv2d    # whose weights autocast casts
 
 # -------------------------------------------------------------------------------- what a name means
 
-def local_folder(flag: str, name: str) -> tuple[Path | None, str]:
-    """The folder that FOLDER or FOLDER:SUBFOLDER means, or None for a hub id, and the subfolder."""
+def local_folder(flag: str, name: str) -> Path | None:
+    """The folder that FOLDER or FOLDER:SUBFOLDER means, or None for a hub id."""
     whole, _, subfolder = name.rpartition(":")
     if not whole or Path(name).is_dir():  # a folder's own name may hold colons
         whole, subfolder = name, ""
     if Path(whole).suffix == ".part":
         raise ValueError(f"{flag} {whole}: not finished, or half removed; give a whole checkpoint")
     if Path(whole).is_dir():
-        return Path(whole) / subfolder, subfolder
+        return Path(whole) / subfolder
     if Path(whole).is_file():
         raise ValueError(f"{flag} {whole}: a file; a pickle can run code. Give a folder with safetensors")
     if whole.startswith((".", "/", "~")) or whole.count("/") != 1 or Path(whole).parent.is_dir():
         raise ValueError(f"{flag} {name}: no such folder")
-    return None, subfolder
+    return None
 
 
 def trace(flag: str, model: str) -> tuple[Path, list[Path]]:
     """A pipeline's folder, and the adapters' folders that go onto it in order. A hub id is fetched first."""
-    folder, subfolder = local_folder(flag, model)
-    if folder is None:
-        folder = fetch(flag, model.removesuffix(f":{subfolder}"), subfolder) / subfolder
+    folder = local_folder(flag, model) or fetch(flag, model)
     if (folder / "model_index.json").is_file() or not (folder / ADAPTERS).is_file():
         return folder, []
     state = read_json(folder / "state.json")
@@ -152,8 +150,7 @@ def load_pipeline(model: str, device="cpu") -> StableDiffusionPipeline:
 
 def find_clip(clip: str, flag: str = "--clip") -> Path:
     """The folder of a CLIP; a hub id's files are fetched. What is no CLIP is refused, from its heads."""
-    folder, subfolder = local_folder(flag, clip)
-    folder = folder or fetch(flag, clip.removesuffix(f":{subfolder}"), subfolder, CLIP_FILES) / subfolder
+    folder = local_folder(flag, clip) or fetch(flag, clip, CLIP_FILES)
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "clip":
         raise ValueError(f"{flag} {clip}: a {kind} model; a CLIP's text and image project into one space")

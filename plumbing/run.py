@@ -188,7 +188,7 @@ def opened(args):
 def make_run(folder: Path, args, files: dict) -> Run:
     """The run's identity, compared with that of the newest checkpoint, where the run is continued."""
     found = checkpoints(folder) if args.resume else []
-    model, _ = local_folder("--model", args.model)
+    model = local_folder("--model", args.model)
     start = os.path.abspath(model) if model else args.model
     known = {} if args.dry_run and not found else identity(args, files)  # SD's 8 GB are read for it
     run = Run(folder, known, start, found[-1] if found else None)

@@ -61,10 +61,10 @@ def pickled(folder):
 def test_a_folder_is_the_folder_whatever_its_name(name, models, tmp_path, monkeypatch):
     """And what may be on the hub is looked for there, but where its owner is a folder here."""
     place = shutil.copytree(models / "a", tmp_path / name / "final")
-    assert local_folder("--model", str(place)) == (place, "")
+    assert local_folder("--model", str(place)) == place
     assert trace("--model", f"{tmp_path / name}:final") == (place, [])
     monkeypatch.chdir(models)
-    assert local_folder("--model", "d/b:c/d") == (None, "c/d")
+    assert local_folder("--model", "d/b:c/d") is None
     with pytest.raises(ValueError, match="--model a/b: no such folder"):
         local_folder("--model", "a/b")
 
