@@ -4,7 +4,6 @@ docs/running.md defines each figure and its healthy range. Nothing here touches 
 """
 
 import json
-import math
 import subprocess
 import time
 from collections import Counter, deque
@@ -15,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing import parallel
-from plumbing.models import tensor_bytes, trained
+from plumbing.models import trained
 from plumbing.run import read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +59,6 @@ def print_plan(args, parts, carried: str):
     unsafe = sum(p.unsafe for p in parts.prompts)
     decay = f" / (1 + epoch / {args.decay_epochs})" if args.decay_epochs else ""
     average = f", average over {1 / (1 - args.ema):.0f}" if args.ema else ""
-    sizes = memory(args, parts)
     print(f"model    {args.model}: {count / 1e6:.1f} M parameters trained (layers: {args.layers}{lora}), "
           f"{args.precision} on {parts.device}, {parallel.world()} process(es)\n"
           f"reward   {args.clip}, alpha {args.alpha}, {args.direction} direction, "
@@ -75,21 +73,7 @@ def print_plan(args, parts, carried: str):
           f"update   {args.updates} per rollout on {images * per_picture(args)} transitions (all but "
           f"the last {args.skip_last} of each, x {args.timestep_fraction}), lr {args.learning_rate}{decay}, "
           f"clip {args.clip_range}, KL {args.kl} unsafe, {args.kl_benign} benign{average}\n"
-          f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates\n"
-          "memory   " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
-          + f": {sum(sizes.values()) / 2**30:.2f} GiB, and activations on top (docs/speed.md: peak by flags)")
-
-
-def memory(args, parts) -> dict:
-    """Bytes of what a run holds, by arithmetic: {what: bytes}."""
-    weights = tensor_bytes(trained(parts.policy))
-    images = len(parallel.share(args.prompts_per_rollout)) * args.group  # of this process
-    frozen = (parts.pipe.text_encoder, parts.pipe.vae, parts.reward.clip)
-    return {"weights": tensor_bytes(parts.policy.parameters()), "gradients": weights, "moments": 2 * weights,
-            "average": weights if args.ema else 0,
-            "base": 0 if parts.base is parts.policy else tensor_bytes(parts.base.parameters()),
-            "encoders and VAE": sum(tensor_bytes(network.parameters()) for network in frozen),
-            "stored latents": 4 * images * (args.steps + 1) * math.prod(parts.latent_shape)}
+          f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
 
 
 # -------------------------------------------------------------------------------- one rollout

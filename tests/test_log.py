@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import args_for, figures, parts_for, tiny_clip, tiny_pipe, tiny_unet
+from tiny import args_for, figures, parts_for, tiny_unet
 
 from plumbing import log
 from plumbing.prompts import Prompt
-from reward import SteeringReward
 
 RISING = [dict(reward_mean=0.01 * i, alignment=0.3 - 0.01 * i) for i in range(40)]
 
@@ -112,19 +111,11 @@ def test_time_left_goes_by_this_process(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("kl, benign, said", [
     (0.1, [], "holds utility is the KL to the base (--kl 0.1) alone"), (0, [], "utility is nothing alone"),
     (0.1, [Prompt("ring", "benign", False)], "violence 1, benign 1")])
-def test_plan_says_what_holds_utility_and_what_memory_it_takes(kl, benign, said, capsys):
-    """Weights, gradients, two moments, average, base: 4 bytes a parameter each; 6 pictures of 7 latents."""
+def test_plan_says_what_holds_utility(kl, benign, said, capsys):
     args = args_for(model="m", clip="c", alpha=0.5, direction="unit", steer="unsafe", eta=1.0, epochs=10,
                     ema=0.9, lora_rank=0, layers="all", precision="float32", kl=kl)
-    parts = parts_for(tiny_unet(), tiny_unet(), pipe=tiny_pipe(),
-                      reward=SteeringReward(tiny_clip(), (["a"], ["b"])),
-                      prompts=[Prompt("gore", "violence", True), *benign])
+    parts = parts_for(unet := tiny_unet(), unet, prompts=[Prompt("gore", "violence", True), *benign])
     log.print_plan(args, parts, "")
     plan = capsys.readouterr().out
     assert "2 prompts x 3 = 6 images" in plan and "on 24 transitions (all but the last 2" in plan
     assert said in plan and ("utility" in plan) == (not benign)
-    size = lambda network: 4 * sum(p.numel() for p in network.parameters())
-    n, frozen = size(parts.policy), (parts.pipe.text_encoder, parts.pipe.vae, parts.reward.clip)
-    assert log.memory(args, parts) == {
-        "weights": n, "gradients": n, "moments": 2 * n, "average": n, "base": n,
-        "encoders and VAE": sum(map(size, frozen)), "stored latents": 4 * 6 * 7 * 4 * 8 * 8}

@@ -166,8 +166,7 @@ def test_what_a_run_takes_is_computed_from_its_calls(free, said, monkeypatch, ca
     parts.device = SimpleNamespace(type="cuda")
     seconds = dict(sample=1, decode=0, score=0, update=2, again=1)
     clock = SimpleNamespace(seconds=seconds, peaks=dict(update=14))
-    moments = {"moments": 6 * 2**30, "stored latents": 0, "gradients": 2**30, "average": 0}
-    for where, name, value in ((estimate, "time_calls", clock), (log, "memory", moments),
+    for where, name, value in ((estimate, "time_calls", clock), (estimate, "tensor_bytes", 3 * 2**30),
                                (torch.cuda, "mem_get_info", (free * 2**30, 0)),
                                (torch.cuda, "memory_reserved", 0), (torch.cuda, "get_device_name", "X")):
         monkeypatch.setattr(where, name, lambda *_, value=value: value)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from plumbing import log, parallel
+from plumbing.models import tensor_bytes, trained
 from plumbing.prompts import Prompt
 from sample import DECODE_BATCH, Rollout, autocast, encode_prompts, image_generator, predict_noise
 
@@ -67,7 +68,7 @@ def count_calls(args) -> dict:
 def show_estimate(args, parts, loss_on):
     """Print a rollout's and the run's time, what takes less where that is over a day, the disk, and what
     fits the card. Raises torch.OutOfMemoryError where a call does not."""
-    clock, calls, held = time_calls(args, parts, loss_on), count_calls(args), log.memory(args, parts)
+    clock, calls = time_calls(args, parts, loss_on), count_calls(args)
     took = {kind: n * clock.seconds[kind] for kind, n in calls.items()}
     whole, update = (args.epochs * sum(map(took.get, kinds)) for kinds in (took, ("update", "again")))
     print(f"time     {log.duration(whole / args.epochs)} a rollout, {log.duration(whole)} in all, no grids: "
@@ -77,7 +78,9 @@ def show_estimate(args, parts, loss_on):
               f"--epochs {log.duration(whole / 2)}; what they cost in learning is not measured")
     count = lambda *networks: 4 * sum(weight.numel() for one in networks for weight in one.parameters())
     base, unet = count(parts.pipe.vae, parts.pipe.text_encoder), count(parts.pipe.unet)
-    each = held["moments"] + held["average"] + (held["gradients"] if args.lora_rank else unet + base)
+    learnt = tensor_bytes(trained(parts.policy))
+    moments = 2 * learnt
+    each = moments + learnt * bool(args.ema) + (learnt if args.lora_rank else unet + base)
     there = next(path for path in (Path(args.out), *Path(args.out).absolute().parents) if path.exists())
     needed, free = base + args.keep * each + max(each, base + unet), shutil.disk_usage(there).free
     print(f"disk     {needed / GIB:.1f} GiB: {args.keep} checkpoints, base/, and one more or final/; "
@@ -86,7 +89,9 @@ def show_estimate(args, parts, loss_on):
     room = math.inf
     if parts.device.type == "cuda":
         room = (torch.cuda.mem_get_info(parts.device)[0] + torch.cuda.memory_reserved(parts.device)) / GIB
-        peak = max(clock.peaks.values()) + (held["stored latents"] + held["moments"]) / GIB  # yet to come
+        pictures = args.prompts_per_rollout // parallel.world() * args.group
+        latents = 4 * pictures * (args.steps + 1) * math.prod(parts.latent_shape)
+        peak = max(clock.peaks.values()) + (latents + moments) / GIB  # yet to come
         print(f"card     {torch.cuda.get_device_name(parts.device)}: {peak:.1f} of {room:.1f} GiB are needed"
               + "\nwarning: these flags do not fit: smaller batches, or what is named next" * (peak > room))
     if 8.5e8 < unet / 4 < 9e8:

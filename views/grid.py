@@ -1,7 +1,6 @@
 """Labelled grids of pictures: those of a run, base above policy, and sample.py's, model below model."""
 
 import json
-import math
 import textwrap
 from pathlib import Path
 
