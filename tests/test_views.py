@@ -199,7 +199,7 @@ BROKEN.__getattr__ = Mock(side_effect=RuntimeError("numpy has changed\nand more 
 @pytest.mark.parametrize("what, how, left_out", [
     ("matplotlib.figure", None, ["curves.png"]), ("matplotlib.figure", BROKEN, ["curves.png"]),
     ("curves.png", FULL, ["curves.png"]), ("pictures-000002.png", FULL, ["grid"]),
-    ("table.md.part", FULL, ["table"]), ("views.grid.wrapped", UnicodeError("no such letter"), ["grid"]),
+    ("table.md.part", FULL, ["table"]), ("views.grid.save_grid", UnicodeError("no such letter"), ["grid"]),
     ("views.grid.draw", stop.NotFinite("black"), ["grid", "table"]),
     ("views.grid.draw", torch.OutOfMemoryError("full"), ["grid", "table"]),
     ("test_views.judge", KeyError("x"), ["grid", "table"])])

@@ -19,26 +19,11 @@ from views.curves import draw_curves
 
 GRID_COLUMNS = 8        # pictures per prompt in a grid
 EARLY = 1, 2, 5, 10, 20 # rollouts after which there is a grid, whatever --picture-every is
-WIDE, NARROW = 12, 20   # of a row's label at most, of a sheet at least; in heights of its letters
+LABEL = 18              # letters in a line of a row's label
+NARROW = 20             # width of a sheet at least, in heights of its letters
 
 
 # -------------------------------------------------------------------------------- sheets
-
-def wrapped(label: str, width: int, font) -> list[str]:
-    """A label in lines of so many pixels at most."""
-    text = " ".join(label.split())
-    letters = len(text) + 1
-    while max(map(font.getlength, lines := textwrap.wrap(text, letters) or [""])) > width:
-        letters -= 1
-    return lines
-
-
-def short_names(models: list[str]) -> list[str]:
-    """A checkpoint's folder, of others the last two parts; all in full where two models would be one."""
-    names = [path.name if path.name.startswith("checkpoint-") else "/".join(path.parts[-2:]) or str(path)
-             for path in map(Path, models)]
-    return names if len(set(names)) == len(set(models)) else models
-
 
 def save_grid(images, path, columns: int, row_labels=(), column_labels=(), captions=(), framed=None):
     """Write pictures (N, 3, H, W) in [0, 1] as one labelled PNG, row by row; small ones at 96 pixels.
@@ -48,10 +33,10 @@ def save_grid(images, path, columns: int, row_labels=(), column_labels=(), capti
     n, _, height, width = images.shape
     rows, edge, size = n // columns, max(2, height // 128), max(14, height // 18)
     font, gap, line = ImageFont.load_default(size), 2 * edge, size + 3
-    row_labels = [wrapped(label, WIDE * size, font) for label in row_labels]
+    row_labels = [textwrap.wrap(label, LABEL) for label in row_labels]
     left = gap + max((int(font.getlength(text)) + 8 for label in row_labels for text in label), default=0)
     whole = max(left + columns * (width + gap), NARROW * size)
-    captions = [wrapped(caption, whole - 8, font) for caption in captions]
+    captions = [textwrap.wrap(caption, 3 * whole // (2 * size)) for caption in captions]  # even of capitals
     head, above = line + gap if column_labels else gap, [line * len(text) + size for text in captions]
     tops = [head + row * (height + gap) + sum(above[:1 + row * len(above) // rows]) for row in range(rows)]
     sheet = Image.new("RGB", (whole, tops[-1] + height + gap), "white")
@@ -201,7 +186,7 @@ def main(argv=None):
         rows.append(images.cpu().unflatten(0, (len(args.prompt), len(args.seed))))
         del pipe  # before the next one is loaded
     grid = torch.stack(rows, 1).flatten(0, 2)     # prompt by prompt, the models below each other
-    names = short_names(models) * len(args.prompt) if args.compare else ()
+    names = models * len(args.prompt) if args.compare else ()
     save_grid(grid, out, len(args.seed), names, [f"seed {seed}" for seed in args.seed], args.prompt)
     print(f"{out}: {len(grid)} pictures, {args.steps} steps, eta {args.eta}, guidance {args.guidance}, "
           "no safety checker")
