@@ -346,8 +346,8 @@ def main(argv=None, judge=None, table_prompts=None):
     anchors, anchors_hash = read_anchors(args.anchors)
     schedule = make_schedule(args)
     note_long(args.clip, prompts + more)
-    with run.opened(args) as folder:
-        this = run.make_run(folder, args, dict(prompts=hashes, benign=more_hashes, anchors=[anchors_hash]))
+    files = dict(prompts=hashes, benign=more_hashes, anchors=[anchors_hash])
+    with run.opened(args, files) as this:
         parts = set_up(args, prompts + more, anchors, schedule)
         log.print_plan(args, parts, carried(parts.reward, parts.prompts))
         show_estimate(args, parts, loss_on)

@@ -172,9 +172,10 @@ class Run:
 
 
 @contextmanager
-def opened(args):
-    """Inside, args.out is this process's: writable, and without another run in it unless that is continued or
-    replaced. Changes nothing yet; for --dry-run it need not exist."""
+def opened(args, files: dict):
+    """Inside, args.out is this process's, without another run in it unless that is continued or replaced.
+    Gives the Run; one that is continued has to be that of its newest checkpoint. files: identity's. Changes
+    nothing yet; for --dry-run the folder need not exist."""
     folder = Path(args.out)
     if args.resume and not folder.is_dir():
         raise ValueError(f"--resume: there is no run at {folder}; leave --resume away to start one")
@@ -182,31 +183,28 @@ def opened(args):
     with nullcontext() if args.dry_run else locked(folder):
         if any(any(folder.glob(name)) for name in FILES) and not (args.resume or args.overwrite):
             raise ValueError(f"{folder} holds a run already: --resume continues it, --overwrite replaces it")
-        yield folder
+        newest = checkpoints(folder)[-1] if args.resume and checkpoints(folder) else None
+        model = local_folder("--model", args.model)
+        known = identity(args, files) if newest or not args.dry_run else {}  # SD's 8 GB are read for it
+        if newest:
+            compare(newest, known, args.epochs)
+        yield Run(folder, known, os.path.abspath(model) if model else args.model, newest)
 
 
-def make_run(folder: Path, args, files: dict) -> Run:
-    """The run's identity, compared with that of the newest checkpoint, where the run is continued."""
-    found = checkpoints(folder) if args.resume else []
-    model = local_folder("--model", args.model)
-    start = os.path.abspath(model) if model else args.model
-    known = {} if args.dry_run and not found else identity(args, files)  # SD's 8 GB are read for it
-    run = Run(folder, known, start, found[-1] if found else None)
-    if not run.newest:
-        return run
-    state = read_state(run.newest)
-    changed = differences({name: state[name] for name in run.identity}, run.identity)
+def compare(checkpoint: Path, now: dict, epochs: int):
+    """Refuse to continue a checkpoint of another run than the one with the identity `now`."""
+    state = read_state(checkpoint)
+    changed = differences({name: state[name] for name in now}, now)
     refused = [line for line in changed if not line.startswith(NOTED)]
     if refused:
         raise ValueError("\n  ".join([
-            f"--resume: this is not the run of {run.newest}; what differs changes the result", *refused,
-            f"(to change a flag on purpose, change it in {run.newest / 'state.json'} too)"]))
+            f"--resume: this is not the run of {checkpoint}; what differs changes the result", *refused,
+            f"(to change a flag on purpose, change it in {checkpoint / 'state.json'} too)"]))
     for line in changed:
         print(f"note: {line}; equal up to rounding, not to the bit")
-    if state["epoch"] > args.epochs:
-        raise ValueError(f"--epochs {args.epochs}: {run.newest} has {state['epoch']} already, so there is "
+    if state["epoch"] > epochs:
+        raise ValueError(f"--epochs {epochs}: {checkpoint} has {state['epoch']} already, so there is "
                          "nothing to do; --resume goes on with more")
-    return run
 
 
 def begin(run: Run, parts, args) -> int:
