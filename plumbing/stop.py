@@ -163,16 +163,12 @@ def check_update(policy, norm, watched: list, names: list):
 
 
 def first_trouble(policy, watched: list, names: list) -> str:
-    """Which number of an optimizer step is not finite, and on which transitions."""
+    """Which number of an optimizer step is not finite; of a loss also on which transitions."""
     for pairs, log_ratio, loss, _ in watched:
         bad = ~log_ratio.exp().isfinite()
         if bad.any() or not loss.isfinite():
-            what, pairs = "loss", pairs[bad] if bad.any() else pairs
-            break
-    else:
-        what = "gradient of " + next(name for name, p in policy.named_parameters()
-                                     if p.grad is not None and not p.grad.isfinite().all())
-        pairs = torch.cat([pairs for pairs, *_ in watched])
-    at = [f"{names[image]}, transition {step}" for image, step in pairs.tolist()]
-    more = f"; or {len(at) - NAMED} more" if len(at) > NAMED else ""
-    return f"the {what} is not finite: " + "; or ".join(at[:NAMED]) + more
+            at = [f"{names[image]}, transition {step}"
+                  for image, step in (pairs[bad] if bad.any() else pairs).tolist()]
+            return "the loss is not finite: " + "; or ".join(at[:NAMED]) + "; or more" * (len(at) > NAMED)
+    bad = (name for name, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+    return f"the gradient of {next(bad)} is not finite"

@@ -307,7 +307,7 @@ NOT_FINITE = [  # whose result is spoilt, in which call, how, and what is said o
     (reward.SteeringReward, "score", 2, lambda out: (out[0] + torch.tensor([0, 0, 0, math.inf]), *out[1:]),
      f"the reward is not finite: {IMAGE}1"),
     (train, "step_mean", 4 + 1, lambda mu: mu + 0 * (mu - mu.detach()).abs().sqrt(),  # NaN backward alone
-     f"the gradient of conv_in.weight is not finite: ({IMAGE}[01], transition 0(; or )?){{2}}$")]
+     "the gradient of conv_in.weight is not finite$")]
 
 
 @pytest.mark.parametrize("owner, name, call, spoil, said", NOT_FINITE)

@@ -243,9 +243,9 @@ def test_inner_loops_read_no_number_from_the_device():
 
 @pytest.mark.parametrize("what, said", [
     ("noise", "the latent is not finite: picture 4, initial noise"),
-    ("latents", "the loss is not finite: picture 4, transition 3"), ("advantages", "the loss .*; or 3 more"),
+    ("latents", "the loss is not finite: picture 4, transition 3"), ("advantages", "the loss .*; or more"),
     ("text", "the loss is not finite: picture 4, transition .$"),
-    ("gradient", "the gradient of conv_in.weight is not finite: picture .*; or 19 more")])
+    ("gradient", "the gradient of conv_in.weight is not finite")])
 def test_a_number_that_is_not_finite_is_named_and_not_learnt(what, said):
     unet, advantages, noise = tiny_unet(), ADVANTAGES.clone(), torch.randn(6, 4, 8, 8)
     batch, before = rollout_for(unet), copy.deepcopy(unet.state_dict())
