@@ -97,10 +97,6 @@ def name_models(args) -> dict:
     for name in args.also:
         tricked = args.base or args.model
         models |= {f"{tricked} + {name}": (tricked, name)} if name in TRICKS else {name: (name, "")}
-    args.folders = {label: args.out / slug(label) for label in models}
-    names = {path.name.casefold() for path in args.folders.values()}
-    if len(names) < 1 + bool(args.base) + len(args.also):
-        raise ValueError("--model, --base and --also name a model twice, or two with one folder's name")
     return models
 
 
@@ -157,7 +153,7 @@ def main(argv=None):
                  "safety_checker": "off", "commit": log.commit()}
         fids = {}
         if args.fid:
-            drawn = {label: [saved(args.folders[label], row) for row in rows] for label in models}
+            drawn = {label: [saved(args.out / slug(label), row) for row in rows] for label in models}
             fids, facts["judges"]["fid"] = judges.frechet_distances(args, drawn)
         by_key = {row.key: row for row in rows}
         tables = {label: suite.tables(by_key, found, args.score_clip, fids.get(label))
@@ -185,9 +181,11 @@ def made_with(args, source: dict, judged: dict) -> dict:
 def draw_and_judge(args, models: dict, rows: list[Row], chosen: list, header: dict) -> tuple[dict, dict]:
     """label -> who the model is, label -> {picture: what the judges said}; and the grid of all models."""
     shown = [] if args.rescore or parallel.rank() else report.grid_rows(rows)
-    made, raw, strips = {}, {}, []
+    raw, strips = {}, []
+    opened = {label: results.open_results(name, trick, args.out / slug(label), args, header)
+              for label, (name, trick) in models.items()}  # all, before the first is drawn
     for label, (name, trick) in models.items():
-        path, made[label], done = results.open_results(name, trick, args.folders[label], args, header)
+        path, _, done = opened[label]
         pipe = None if args.rescore else results.load(name, args)
         strips += [results.draw(pipe, [row], trick, args).cpu() for row in shown]
         raw[label] = results.finish(pipe, trick, path, done, rows, args, chosen)
@@ -195,7 +193,7 @@ def draw_and_judge(args, models: dict, rows: list[Row], chosen: list, header: di
     if strips:
         hide = not (args.suite in OWN or args.show)
         report.save_strips(strips, list(models), shown, args.out / "grid.png", hide)
-    return made, raw
+    return {label: model for label, (_, model, _) in opened.items()}, raw
 
 
 if __name__ == "__main__":
