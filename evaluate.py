@@ -100,8 +100,8 @@ def name_models(args) -> dict:
     return models
 
 
-def check(args, models: dict) -> list[str]:
-    """Refuse what cannot work, before anything is read or loaded. Returns what was left out."""
+def check(args, models: dict):
+    """Refuse what cannot work, before anything is read or loaded."""
     known = {*judges.JUDGES, *({args.suite} & OWN)}
     if unknown := set(args.judges) - known:
         raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown; --suite {args.suite} has "
@@ -121,16 +121,6 @@ def check(args, models: dict) -> list[str]:
             raise ValueError("--fid reads pictures from their files, as clean-fid does: add --save-images")
         judges.list_pictures(args.fid)
         judges.fetch(judges.INCEPTION, args.cache)
-    notes = []
-    for name, check_judge in judges.OPTIONAL.items():
-        try:
-            check_judge(args) if name in args.judges else None
-        except (OSError, ValueError) as problem:
-            if not args.judges_by_default:
-                raise
-            args.judges.remove(name)
-            notes.append(f"no figures by {name}: {problem}")
-    return notes
 
 
 def main(argv=None):
@@ -138,18 +128,19 @@ def main(argv=None):
     parallel.join()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
     suite, models = SUITES[args.suite], name_models(args)
-    notes = check(args, models)
-    rows, source, remarks = suite.rows(args)
-    chosen, judged = judges.make_judges(args, suite)
+    check(args, models)
+    rows, source, notes = suite.rows(args)
+    chosen, judged, left_out = judges.make_judges(args, suite)
+    notes = left_out + notes
     args.out.mkdir(parents=True, exist_ok=True)
     with run.locked(args.out):
-        for note in () if parallel.rank() else [log.heading(args.out), *notes, *remarks]:
+        for note in () if parallel.rank() else [log.heading(args.out), *notes]:
             print(note, file=sys.stderr)
         header = parallel.gather(made_with(args, source, judged))[0]
         made, raw = draw_and_judge(args, models, rows, chosen, header)
         if parallel.rank():
             return
-        facts = {"models": made, "prompts": source, **header, "notes": notes + remarks,
+        facts = {"models": made, "prompts": source, **header, "notes": notes,
                  "safety_checker": "off", "commit": log.commit()}
         fids = {}
         if args.fid:

@@ -130,17 +130,13 @@ def make_q16(args, clip):
                    **{kind: run.sha256(file) for kind, file in files.items()}}
 
 
-def check_nudenet(args):
-    """Raises ValueError for another version than those that papers count by."""
-    found = metadata.version("nudenet") if util.find_spec("nudenet") else "not installed"
-    if found not in NUDENETS:
-        raise ValueError(f"nudenet is {found}: pip install nudenet=={NUDENET}, or leave it out of --judges")
-
-
 def make_nudenet(args, clip):
     """judge(images, rows) -> {name: [[class, score], ...]}, every box the library gives (> 0.25)."""
+    version = metadata.version("nudenet") if util.find_spec("nudenet") else "not installed"
+    if version not in NUDENETS:
+        raise ValueError(f"nudenet is {version}: pip install nudenet=={NUDENET}, or leave it out of --judges")
     import nudenet
-    detector, version = nudenet.NudeDetector(), metadata.version("nudenet")
+    detector = nudenet.NudeDetector()
 
     def judge(images, rows):
         results = []
@@ -157,7 +153,7 @@ def make_nudenet(args, clip):
 
 def make_checker(args, clip):
     """judge(images, rows) -> {"safety-checker": 1 where it would blacken the picture}."""
-    folder = models.find_clip(args.safety_checker)
+    folder = models.find_clip(args.safety_checker, "--safety-checker")
     checker = models.load_network(StableDiffusionSafetyChecker, folder).to(args.device).eval()
     side = checker.config.vision_config.image_size
     prepare = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side)
@@ -171,24 +167,28 @@ def make_checker(args, clip):
 
 # Each is (args, clip) -> judge, what it is; clip(flag) -> embed_images, embed_texts, content.
 JUDGES = {"q16": make_q16, "nudenet": make_nudenet, "safety-checker": make_checker, "clip": make_clip_score}
-OPTIONAL = {"nudenet": check_nudenet,  # left out by default, where they are not there
-            "safety-checker": lambda args: models.find_clip(args.safety_checker, "--safety-checker")}
+OPTIONAL = ("nudenet", "safety-checker")  # left out by default, where they are not there
 
 
-def make_judges(args, own) -> tuple[list, dict]:
-    """The judges asked for, in one order, and what they are: names, content, thresholds. own: the module of
-    the suite, whose own judge bears the suite's name."""
+def make_judges(args, own) -> tuple[list, dict, list[str]]:
+    """The judges asked for, in one order; what they are: names, content, thresholds; notes on those that are
+    left out. own: the module of the suite, whose own judge bears the suite's name."""
     @cache
     def load(name: str):
         return *load_clip(name, args.device), run.content(models.find_clip(name))
 
-    chosen, facts = [], {}
+    chosen, facts, notes = [], {}, []
     for name in (*JUDGES, args.suite):
         if name in args.judges:
             make = JUDGES.get(name) or own.make_judge
-            judge, facts[name] = make(args, lambda flag: load(getattr(args, flag)))
-            chosen.append(judge)
-    return chosen, facts
+            try:
+                judge, facts[name] = make(args, lambda flag: load(getattr(args, flag)))
+                chosen.append(judge)
+            except (OSError, ValueError) as problem:
+                if name not in OPTIONAL or not args.judges_by_default:
+                    raise
+                notes.append(f"no figures by {name}: {problem}")
+    return chosen, facts, notes
 
 
 def inception_input(path: Path):

@@ -95,10 +95,11 @@ def fine_tune(pipe, latents, texts: list, args):
 def main(argv=None):
     args = parse(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as evaluate.py
-    suite, notes = evaluate.SUITES[args.suite], evaluate.check(args, evaluate.name_models(args))
-    rows, source, remarks = getattr(suite, "relearn_rows", suite.rows)(args)
-    notes += remarks
-    chosen, judged = judges.make_judges(args, suite)
+    suite = evaluate.SUITES[args.suite]
+    evaluate.check(args, evaluate.name_models(args))
+    rows, source, notes = getattr(suite, "relearn_rows", suite.rows)(args)
+    chosen, judged, left_out = judges.make_judges(args, suite)
+    notes = left_out + notes
     facts = {**evaluate.made_with(args, source, judged), "commit": log.commit(), "notes": notes,
              "flags": {name: str(value) for name, value in vars(args).items()}, "curves": {}}
     args.out.mkdir(parents=True, exist_ok=True)

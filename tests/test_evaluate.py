@@ -99,10 +99,10 @@ def judge_flags(models, cache, tmp_path, monkeypatch):
     def detect(self, path):
         return [{"class": "FEET_EXPOSED", "score": 0.7, "box": [0, 0, 1, 1]}]
     fake = types.ModuleType("nudenet")
-    fake.__file__, fake.NudeDetector = str(tmp_path / "x.py"), type("NudeDetector", (), {"detect": detect})
+    fake.__file__, fake.__spec__ = str(tmp_path / "x.py"), "installed"
+    fake.NudeDetector = type("NudeDetector", (), {"detect": detect})
     (tmp_path / "best.onnx").write_bytes(b"weights")
     monkeypatch.setitem(sys.modules, "nudenet", fake)
-    monkeypatch.setitem(judges.OPTIONAL, "nudenet", lambda args: None)
     monkeypatch.setattr(judges.metadata, "version", lambda name: judges.NUDENET)
     return ("--cache", cache, "--q16-clip", models / "clip", "--score-clip", models / "clip",
             "--safety-checker", models / "checker")
@@ -163,16 +163,16 @@ def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_flags, cac
     assert len(utility["published"]) == 5 and facts["inception_sha256"] == sha256(cache / judges.INCEPTION)
 
 
-def test_another_nudenet_is_refused_and_what_is_missing_left_out(monkeypatch, tmp_path):
+def test_another_nudenet_is_refused_and_what_is_missing_left_out(models, cache, monkeypatch, tmp_path):
     monkeypatch.setattr(judges.util, "find_spec", lambda name: True)
     monkeypatch.setattr(judges.metadata, "version", lambda name: "3.4.1")
-    words = ["--model", "m", "--suite", "prompts", "--device", "cpu", "--safety-checker", f"{tmp_path}/none"]
-    args = evaluate.parse(words)
-    notes = evaluate.check(args, {})
-    assert args.judges == ["q16"] and "3.4.1: pip install nudenet==3.0.8" in notes[0]
+    words = ["--model", "m", "--suite", "prompts", "--device", "cpu", "--safety-checker", f"{tmp_path}/none",
+             "--cache", str(cache), "--q16-clip", f"{models}/clip"]
+    chosen, facts, notes = judges.make_judges(evaluate.parse(words), None)
+    assert len(chosen) == 1 and list(facts) == ["q16"] and "3.4.1: pip install nudenet==3.0.8" in notes[0]
     assert "no figures by safety-checker: --safety-checker" in notes[1]
     with pytest.raises(ValueError, match="no such folder"):
-        evaluate.check(evaluate.parse([*words, "--judges", "safety-checker"]), {})
+        judges.make_judges(evaluate.parse([*words, "--judges", "safety-checker"]), None)
 
 
 def test_the_newer_nudenet_has_figures_of_its_own(judge_flags, monkeypatch):
