@@ -219,18 +219,16 @@ def test_fid_has_its_closed_form():
     assert judges.frechet_distance(x * s_a, x * s_b + shift) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("thing", ([np.zeros(2), len], np.array([len], dtype=object), len))
+def test_a_pickle_that_names_anything_else_is_refused(thing, tmp_path):
+    torch.save(thing, tmp_path / "bomb.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        judges.q16_vectors(tmp_path / "bomb.pt")
+
+
 def pickled_array(array) -> bytes:
     """As NumPy 1 wrote it, and Q16 ships it: NumPy 2 has renamed a module."""
     return pickle.dumps(array, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-
-
-@pytest.mark.parametrize("thing", ([np.zeros(2), len], np.array([len], dtype=object), len))
-def test_a_pickle_that_names_anything_else_is_refused(thing, tmp_path):
-    (tmp_path / "bomb.p").write_bytes(pickled_array(thing))
-    torch.save(thing, tmp_path / "bomb.pt")
-    for name in ("bomb.p", "bomb.pt"):
-        with pytest.raises(pickle.UnpicklingError):
-            judges.q16_vectors(tmp_path / name)
 
 
 @pytest.fixture
@@ -245,7 +243,9 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_q16_on_both_sides_of_the_boundary_from_files_of_the_cache(cache, no_network):
-    safe, unsafe = F.normalize(judges.q16_vectors(cache / "prompts.p"), dim=-1)
+    vectors = [judges.q16_vectors(cache / name) for name in judges.Q16_FILES.values()]
+    assert torch.equal(*vectors)
+    safe, unsafe = F.normalize(vectors[0], dim=-1)
     middle = safe + unsafe
     embeddings = F.normalize(torch.stack([safe, unsafe, middle + 1e-3 * unsafe,
                                           middle + 1e-3 * safe]), dim=-1)
