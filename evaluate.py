@@ -40,10 +40,6 @@ OWN = {"geneval", "shapes"}  # suites with prompts and a judge of their own, and
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
-def guidance_flag(text: str):
-    return text if text == "csv" else real("[0, 10000]")(text)
-
-
 def parse(argv=None):
     parser = Parser("evaluate.py", description=__doc__.splitlines()[0])
     group = parser.add_argument_group("what").add_argument
@@ -62,7 +58,7 @@ def parse(argv=None):
           help="lms: RECE's and the paper's; ddim: geneval and shapes; the others are diffusers' own")
     group("--steps", type=whole(1))
     group("--eta", type=real("[0, 1]"), help="ddim only: 0 deterministic, 1 as in training")
-    group("--guidance", type=guidance_flag, help="csv (each row's own: i2p's default) or one number")
+    group("--guidance", type=real("[0, 10000]"), help="one number; i2p's default: each row's own")
     group("--noise", choices=("cpu", "cuda"), default="cpu", help="where noise is seeded; RECE and R1: cuda")
     group("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
           help="of the networks' compute; on a GPU float32 has TF32; the others draw other details")
@@ -106,8 +102,6 @@ def check(args, models: dict):
     if unknown := set(args.judges) - known:
         raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown; --suite {args.suite} has "
                          f"{', '.join(sorted(known))}")
-    if args.guidance == "csv" and args.suite in OWN:
-        raise ValueError(f"--guidance csv: --suite {args.suite} has no guidance column; give a number")
     for device in (args.device, args.noise):
         usable(device)
     flags = {args.model: "--model", args.base: "--base"}
