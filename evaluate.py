@@ -8,14 +8,12 @@ or any CSV of prompts) and `shapes` (the exact test bed).
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p --also sld-medium
 
 evaluation/ has a module for each suite; samplers.py says how pictures are drawn, judges.py what is in them.
-Every finished picture is one line of OUT/MODEL/rows.jsonl, joined by case number and never by position: the
-same command continues where it was stopped, and ends with the same report, as do several processes.
-Departures from the published harnesses: docs/evaluation.md.
+The same command continues where it was stopped, and ends with the same report, as do several processes
+(results.py). Departures from the published harnesses: docs/evaluation.md.
 """
 
 import platform
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -98,18 +96,15 @@ def name_models(args) -> dict:
 
 def check(args, models: dict):
     """Refuse what cannot work, before anything is read or loaded."""
-    known = {*judges.JUDGES, *({args.suite} & OWN)}
-    if unknown := set(args.judges) - known:
-        raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown; --suite {args.suite} has "
-                         f"{', '.join(sorted(known))}")
+    if unknown := set(args.judges) - {*judges.JUDGES, *({args.suite} & OWN)}:
+        raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown to --suite {args.suite}")
     for device in (args.device, args.noise):
         usable(device)
-    flags = {args.model: "--model", args.base: "--base"}
     for name, trick in models.values():
         if trick in SLD and args.sampler in SCHEDULERS:
             raise ValueError(f"--also {trick}: drawn by --sampler ddim or lms, not {args.sampler}")
         if not args.rescore:
-            check_steps(args.sampler, check_model(flags.get(name, "--also"), name), args.steps, args.eta)
+            check_steps(args.sampler, check_model("model", name), args.steps, args.eta)
     if args.fid:
         if not (args.save_images or args.rescore):
             raise ValueError("--fid reads pictures from their files, as clean-fid does: add --save-images")
@@ -118,7 +113,7 @@ def check(args, models: dict):
 
 
 def main(argv=None):
-    args, started = parse(argv), time.time()
+    args = parse(argv)
     parallel.join()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
     suite, models = SUITES[args.suite], name_models(args)
@@ -148,13 +143,11 @@ def main(argv=None):
                 f"{len(rows)} pictures a model, {args.sampler}, {args.steps} steps, guidance {args.guidance}"
                 + (f", eta {args.eta}" if args.sampler == "ddim" else "")]
         report.write(merge(tables, pair, report.PUBLISHED.get(args.suite, {})), head, facts, args.out)
-        print(f"{args.out / 'report.md'}: {len(rows)} pictures of each of {len(models)} models, "
-              f"{time.time() - started:.0f} s", file=sys.stderr)
+        print(args.out / "report.md", file=sys.stderr)
 
 
 def made_with(args, source: dict, judged: dict) -> dict:
-    """What decides over the results, which a start that continues has to share: flags, what was read and who
-    judges by content, device and versions."""
+    """What decides over the results: flags, what was read and who judges by content, device, versions."""
     flags = ("suite", "sampler", "steps", "eta", "guidance", "noise", "dtype", "seed", "samples", "images")
     settings = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     device = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"

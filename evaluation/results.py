@@ -19,9 +19,7 @@ from plumbing import models, parallel, run
 from sample import autocast
 
 LONGEST = 80  # letters of a model's name in that of its folder; file systems take 255 bytes
-# names in a header, which are for its reader: what bears them is compared by content
-NAMES = ("judges.q16.clip:", "judges.clip.clip:", "judges.geneval.detector:", "judges.geneval.colours:",
-         "judges.safety-checker.name:", "model.name:")
+NAMES = (".clip", ".detector", ".colours", ".name")  # in a header for its reader: their weights are compared
 
 
 def slug(name: str) -> str:
@@ -36,7 +34,7 @@ def saved(folder: Path, row: Row) -> Path:
 
 def refuse_changes(path: Path, was: dict, now: dict):
     """Results that were made otherwise are never mixed, nor continued."""
-    changed = [line for line in run.differences(was, now) if not line.startswith(NAMES)]
+    changed = [line for line in run.differences(was, now) if not line.partition(":")[0].endswith(NAMES)]
     if changed:
         raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}): choose another --out, "
                          "or delete that file")
@@ -46,15 +44,16 @@ def open_results(name: str, trick: str, folder: Path, args, header: dict) -> tup
     """The file of a model's results, who the model is, and what an earlier start finished. With --rescore the
     file is a new one, and the model is who it was when the pictures were saved."""
     path = folder / "rows.jsonl"
+    lines = run.read_lines(path)
     if args.rescore:
-        if not (lines := run.read_lines(path)):
+        if not lines:
             raise ValueError(f"--rescore: {path} is not there: run once with --save-images")
         refuse_changes(path, {"settings": lines[0]["settings"]}, {"settings": header["settings"]})
         path, model, lines = folder / "rescored.jsonl", lines[0]["model"], []  # all is judged again
     else:
         base, adapters = models.trace("--model", name)
         weights = run.content(base) | {adapter.name: run.content(adapter) for adapter in adapters}
-        model, lines = {"name": name, "trick": trick, "weights": weights}, run.read_lines(path)
+        model = {"name": name, "trick": trick, "weights": weights}
     header = {**header, "model": model}
     if lines:
         refuse_changes(path, lines[0], header)
