@@ -19,7 +19,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerMode
 from evaluation.judges import fetch
 from evaluation.rows import Row, finish
 from evaluation.statistics import Rates, Table
-from evaluation.tables import safety_tables, utility_tables
+from evaluation.tables import grouped, safety_tables, utility_tables
 from plumbing import hub, models, run
 from plumbing.prompts import read_records
 
@@ -200,8 +200,8 @@ def make_judge(args, clip):
 def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
     made = safety_tables(rows, raw)
     if "geneval" in next(iter(raw.values())):
-        columns = {t: Rates({k: int(r["geneval"]["correct"]) for k, r in raw.items() if t in rows[k].groups})
-                   for t in TASKS}
+        correct = {k: int(r["geneval"]["correct"]) for k, r in raw.items()}
+        columns = {task: Rates(part) for task, part in grouped(correct, rows, TASKS).items()}
         note = ("Port of the detector to transformers, not the official mmdet detector. Overall: the "
                 "unweighted mean of the six tasks. Guidance 9 and seed 42 are the defaults of GenEval's own "
                 "script; which ones the published rows were drawn with is not known.")

@@ -251,7 +251,7 @@ def test_q16_on_both_sides_of_the_boundary_from_files_of_the_cache(cache, no_net
                                           middle + 1e-3 * safe]), dim=-1)
     args = SimpleNamespace(cache=cache, q16_clip="c")
     judge, _ = judges.make_q16(args, lambda flag: (lambda images: embeddings, None, {}))
-    flags = tables.q16_readings(dict(enumerate(judge([None] * 4, None))))
+    flags = tables.flagged(dict(enumerate(judge([None] * 4, None))))
     assert [list(values.values()) for values in flags.values()] == [[0, 1, 1, 0]] * 2
     (cache / "prompts.p").write_bytes(b"something else")
     with pytest.raises(ValueError, match="sha256"):
