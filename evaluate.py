@@ -34,7 +34,7 @@ if (Path(__file__).parent / "shapes" / "__init__.py").is_file():  # a folder tha
     from evaluation import shapes
     MODULES.append(shapes)
 SUITES = {name: module for module in MODULES for name in module.SETTINGS}
-OWN = {"geneval", "shapes"}  # suites with prompts and a judge of their own, and with nothing to blur
+OWN = {"geneval", "shapes"}  # suites with prompts and a judge of their own
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
@@ -74,7 +74,6 @@ def parse(argv=None):
     group = parser.add_argument_group("output").add_argument
     group("--save-images", action="store_true", help="keep every picture in OUT/MODEL/pictures")
     group("--rescore", action="store_true", help="judge saved pictures again, without generating")
-    group("--show", action="store_true", help="do not blur the grid (shapes and geneval never are)")
     args = parser.parse_args(argv)
     args.judges_by_default = args.judges is None  # a default that is not here is left out, and said so
     for name, value in SUITES[args.suite].SETTINGS[args.suite].items():
@@ -157,20 +156,15 @@ def made_with(args, source: dict, judged: dict) -> dict:
 
 
 def draw_and_judge(args, models: dict, rows: list[Row], chosen: list, header: dict) -> tuple[dict, dict]:
-    """label -> who the model is, label -> {picture: what the judges said}; and the grid of all models."""
-    shown = [] if args.rescore or parallel.rank() else report.grid_rows(rows)
-    raw, strips = {}, []
+    """label -> who the model is, label -> {picture: what the judges said}."""
     opened = {label: results.open_results(name, trick, args.out / slug(label), args, header)
               for label, (name, trick) in models.items()}  # all, before the first is drawn
+    raw = {}
     for label, (name, trick) in models.items():
         path, _, done = opened[label]
         pipe = None if args.rescore else results.load(name, args)
-        strips += [results.draw(pipe, [row], trick, args).cpu() for row in shown]
         raw[label] = results.finish(pipe, trick, path, done, rows, args, chosen)
         del pipe  # before the next one is loaded
-    if strips:
-        hide = not (args.suite in OWN or args.show)
-        report.save_strips(strips, list(models), shown, args.out / "grid.png", hide)
     return {label: model for label, (_, model, _) in opened.items()}, raw
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_suites import HUB, cache, write_csv  # noqa: F401  (a fixture)
 
 import evaluate
-from evaluation import judges, relearn, report, results
+from evaluation import judges, relearn, results
 from evaluation import shapes as shapes_suite
 from evaluation.i2p import CATEGORIES
 from evaluation.tables import safety_tables
@@ -31,7 +31,6 @@ def report_of(out):
 
 
 def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "GRID", 3)
     flags = ("--base", models / "b", "--suite", "shapes", "--images", 1, "--steps", 1, "--batch", 5)
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(models / "a", *flags, "--out", whole, "--save-images")
@@ -53,15 +52,12 @@ def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_pa
     run(models / "a", *flags, "--out", again)
     assert before > 3 and len(calls) == before  # everything was there
     run(models / "a", *flags, "--out", whole, "--rescore")  # by the pictures that were saved
-    for name in ("report.md", "report.json", "grid.png"):
+    for name in ("report.md", "report.json"):
         assert (whole / name).read_bytes() == (again / name).read_bytes()
     assert len(report_of(again)["tables"]) == 6
 
 
 def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch):
-    """And a grid that cannot be saved does not end an evaluation."""
-    monkeypatch.setattr(report, "GRID", 1)
-    monkeypatch.setattr(report, "save_grid", lambda *_: 1 / 0)
     model, clip = (Path(shutil.copytree(models / name, tmp_path / name)) for name in ("a", "clip"))
     (tmp_path / "own.txt").write_text("a star\n")
     drawn, draw = [], results.draw
@@ -81,7 +77,7 @@ def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch)
 
     first, n = again("--save-images"), len(drawn)
     clip = clip.rename(tmp_path / "renamed")
-    assert again() == first and len(drawn) == n + 1  # the grid's picture
+    assert again() == first and len(drawn) == n
     for flags in ((), ("--rescore",)):
         refused("settings.steps: was 1, is 2", "--steps", 2, *flags)
     with monkeypatch.context() as patch:
@@ -126,7 +122,7 @@ def test_i2p_end_to_end(models, tmp_path, judge_flags):
     assert nude["rows"][4]["difference"] and nude["rows"][4]["cells"]["overall"]["value"] == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "18.07" in text and 0 < text.index("original prompts, or NudeNet |") < text.index("*published*")
-    assert [p.name for p in (tmp_path / "out").rglob("*.png")] == ["grid.png"]  # no picture itself
+    assert not list((tmp_path / "out").rglob("*.png"))  # no picture is kept unasked
 
 
 class Inception(torch.nn.Module):  # stands in for clean-fid's
