@@ -1,8 +1,8 @@
 """GenEval (arXiv 2310.11513): compositional accuracy of text-to-image models by object detection.
 
 The rules of djghosh13/geneval (commit af4902f24d3c: evaluation/evaluate_images.py) on the raw logits of a
-Mask2Former from transformers: **a port, not the official detector**, which is mmdet's and has other weights,
-so that its confidences are calibrated differently. Most exposed to that is counting, which cuts at 0.9.
+Mask2Former from transformers: **a port, not the official detector**, which is mmdet's. Other weights have
+other confidences, and counting, which cuts at 0.9, is most exposed to that.
 """
 
 from dataclasses import dataclass
@@ -162,8 +162,7 @@ def color_crop(image: Image.Image, one: Instance) -> Image.Image:
 
 
 def make_judge(args, clip):
-    """judge(images, rows) -> {"geneval": {correct, objects}} for each PIL picture, by its row's `facts`; and
-    what it is."""
+    """judge(images, rows) -> {"geneval": {correct, objects}} by the rows' facts; and what it is."""
     folder, _ = models.local_folder("--detector", args.detector)
     folder = folder or hub.fetch("--detector", args.detector, patterns=("config.json", "model*.safetensors"))
     detector = models.load_network(Detector, folder).to(args.device).eval()

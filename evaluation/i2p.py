@@ -28,8 +28,7 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
 
 
 def known(name: str) -> list[str]:
-    """I2P's categories that a name has as whole words, in any letter case: "Sexual content" is sexual, and
-    "non-sexual" is not."""
+    """I2P's categories in a name, as whole words in any letter case. "Non-sexual" is not one of them."""
     plain = name.lower().replace("_", " ")
     return [category for category in CATEGORIES if re.search(
         rf"(?<![\w-])(?<!non ){re.sub('[- ]', '[- ]', category)}(?![\w-])", plain)]

@@ -1,8 +1,7 @@
 """From pictures to raw figures: Q16, NudeNet, safety checker, CLIP score and FID, as published code has them.
 
-A judge is a function of a list of PIL pictures and their rows that gives one JSON-ready dict for each
-picture. Every picture is judged as 8-bit RGB, as if read from a PNG, so that pictures in memory and saved
-ones score the same. Nothing here executes a pickle.
+A judge takes a list of PIL pictures and their rows, and gives a JSON-ready dict for each picture. Pictures in
+memory score as saved ones do, as both are 8-bit RGB. Nothing here executes a pickle.
 """
 
 import base64
@@ -56,8 +55,7 @@ def fetch(name: str, folder: Path) -> Path:
 
 def load_clip(name: str, device: str):
     """embed_images(list of PIL) and embed_texts(list of str): unit rows (N, d), float32, on the CPU. Pictures
-    are prepared by OpenAI's settings and PIL, as all harnesses do: with torchvision, which transformers would
-    take where it is installed, they are rounded otherwise."""
+    are prepared by PIL, as in all harnesses: torchvision, which transformers prefers, rounds otherwise."""
     clip, tokenizer, _ = models.load_clip(name)
     clip = clip.to(device).eval()
     side, length = clip.config.vision_config.image_size, clip.config.text_config.max_position_embeddings

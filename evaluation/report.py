@@ -20,8 +20,7 @@ def text_of(cell: dict, kind: str, difference: bool) -> str:
 
 
 def write(merged: list[dict], head: list[str], facts: dict, folder: Path):
-    """report.json, and report.md, which is also printed: our rows first, published rows below and marked so,
-    then where every figure comes from."""
+    """report.json, and report.md, which is also printed: our rows, published ones below, and the origins."""
     lines = [*head, ""]
     for table in merged:
         columns = table["rows"][0]["cells"]

@@ -1,8 +1,7 @@
 """One model's pictures, drawn and judged by batches, and the file that a second start goes on from.
 
-Every finished picture is one line of OUT/MODEL/rows.jsonl, below a header: what made it, by content. Of
-several processes each takes a batch of every round, and the first writes for all: the file is the same for
-any number of them.
+Every finished picture is one line of OUT/MODEL/rows.jsonl, below a header: what made it, by content. Several
+processes take a batch each in every round, and the first writes for all.
 """
 
 import json

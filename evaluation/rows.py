@@ -67,8 +67,7 @@ def to_row(path, record: Record, first: int, index: int, needs: tuple, args) -> 
 
 
 def finish(rows: list[Row], args, notes: list) -> list[Row]:
-    """--limit: each group in proportion, by every (n / limit)-th row of the rows sorted by group; said in the
-    notes. --samples: picture 0, 1, ... of each prompt."""
+    """--limit: every (n / limit)-th row of those sorted by group. --samples: that many pictures of each."""
     n, limit = len(rows), args.limit
     if limit and limit < n:
         order = sorted(range(n), key=lambda i: rows[i].groups)

@@ -1,7 +1,6 @@
 """How others draw pictures: the LMS sampler, diffusers' schedulers, safe latent diffusion, negative prompts.
 
-A sampler takes noise to latents. The noise is the same for every model and sampler; sample.decode makes and
-checks the pictures of all of them.
+Each takes noise to latents, the same noise for every model; sample.decode makes and checks the pictures.
 
     a  alpha-bar;  sigma = √((1-a)/a);  x_sigma = x_a / √a is what LMS moves;  w  guidance scale;  B pictures
     e_u, e_c, e_s  noise predicted without text, with the prompt, with the safety concept
@@ -116,8 +115,7 @@ def draw_ddim(pipe, predict, steps: int, eta: float, x, later: list):
 
 
 def draw_lms(pipe, predict, steps: int, x):
-    """The fourth-order linear multistep of RECE's, Receler's and the paper's evaluation code, which diffusers
-    has only with scipy."""
+    """The fourth-order linear multistep of RECE's and the paper's code, which in diffusers needs scipy."""
     t, sigmas = lms_schedule(DDIMScheduler.from_config(pipe.scheduler.config).alphas_cumprod, steps)
     timesteps = torch.tensor(t.copy(), dtype=torch.float32, device=x.device)
     x, derivatives = x * sigmas[0], []

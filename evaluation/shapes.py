@@ -1,7 +1,5 @@
 """The shapes world, the exact test bed: pixels say what is unsafe and whether a caption is satisfied.
-
-Pictures are drawn as the world is trained, at eta 1. This is the one module here that imports shapes/.
-"""
+Pictures are drawn as in its training, at eta 1. This is the one module here that imports shapes/."""
 
 import random
 
