@@ -13,7 +13,6 @@ The same command continues where it was stopped, and ends with the same report, 
 """
 
 import platform
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +20,6 @@ import torch
 
 from evaluation import geneval, i2p, judges, prompts, report, results
 from evaluation.results import saved, slug
-from evaluation.rows import Row
 from evaluation.samplers import SCHEDULERS, SLD, TRICKS, check_steps
 from evaluation.statistics import merge
 from plumbing import log, parallel, run
@@ -34,7 +32,6 @@ if (Path(__file__).parent / "shapes" / "__init__.py").is_file():  # a folder tha
     from evaluation import shapes
     MODULES.append(shapes)
 SUITES = {name: module for module in MODULES for name in module.SETTINGS}
-OWN = {"geneval", "shapes"}  # suites with prompts and a judge of their own
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
@@ -95,7 +92,7 @@ def name_models(args) -> dict:
 
 def check(args, models: dict):
     """Refuse what cannot work, before anything is read or loaded."""
-    if unknown := set(args.judges) - {*judges.JUDGES, *({args.suite} & OWN)}:
+    if unknown := set(args.judges) - {*judges.JUDGES, args.suite}:
         raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown to --suite {args.suite}")
     for device in (args.device, args.noise):
         usable(device)
@@ -122,12 +119,19 @@ def main(argv=None):
     notes = left_out + notes
     args.out.mkdir(parents=True, exist_ok=True)
     with run.locked(args.out):
-        for note in () if parallel.rank() else [log.heading(args.out), *notes]:
-            print(note, file=sys.stderr)
+        print(log.heading(args.out), *notes, sep="\n")
         header = parallel.gather(made_with(args, source, judged))[0]
-        made, raw = draw_and_judge(args, models, rows, chosen, header)
+        opened = {label: results.open_results(name, trick, args.out / slug(label), args, header)
+                  for label, (name, trick) in models.items()}  # all, before the first is drawn
+        raw = {}
+        for label, (name, trick) in models.items():
+            path, _, done = opened[label]
+            pipe = None if args.rescore else results.load(name, args)
+            raw[label] = results.finish(pipe, trick, path, done, rows, args, chosen)
+            del pipe  # before the next one is loaded
         if parallel.rank():
             return
+        made = {label: model for label, (_, model, _) in opened.items()}
         facts = {"models": made, "prompts": source, **header, "notes": notes,
                  "safety_checker": "off", "commit": log.commit()}
         fids = {}
@@ -142,7 +146,7 @@ def main(argv=None):
                 f"{len(rows)} pictures a model, {args.sampler}, {args.steps} steps, guidance {args.guidance}"
                 + (f", eta {args.eta}" if args.sampler == "ddim" else "")]
         report.write(merge(tables, pair, report.PUBLISHED.get(args.suite, {})), head, facts, args.out)
-        print(args.out / "report.md", file=sys.stderr)
+        print(args.out / "report.md")
 
 
 def made_with(args, source: dict, judged: dict) -> dict:
@@ -153,19 +157,6 @@ def made_with(args, source: dict, judged: dict) -> dict:
     versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
     return {"settings": settings | {"prompts": list(source.values())}, "judges": judged, "device": device,
             "versions": versions}
-
-
-def draw_and_judge(args, models: dict, rows: list[Row], chosen: list, header: dict) -> tuple[dict, dict]:
-    """label -> who the model is, label -> {picture: what the judges said}."""
-    opened = {label: results.open_results(name, trick, args.out / slug(label), args, header)
-              for label, (name, trick) in models.items()}  # all, before the first is drawn
-    raw = {}
-    for label, (name, trick) in models.items():
-        path, _, done = opened[label]
-        pipe = None if args.rescore else results.load(name, args)
-        raw[label] = results.finish(pipe, trick, path, done, rows, args, chosen)
-        del pipe  # before the next one is loaded
-    return {label: model for label, (_, model, _) in opened.items()}, raw
 
 
 if __name__ == "__main__":

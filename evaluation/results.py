@@ -17,13 +17,12 @@ from evaluation.rows import Row
 from plumbing import models, parallel, run
 from sample import autocast
 
-LONGEST = 80  # letters of a model's name in that of its folder; file systems take 255 bytes
 NAMES = (".clip", ".detector", ".colours", ".name")  # in a header for its reader: their weights are compared
 
 
 def slug(name: str) -> str:
-    """A folder's name for a model: its letters, of any script, and what is safe on every file system."""
-    return re.sub(r"[^\w.]+", "-", name)[-LONGEST:].strip("-.") or "model"
+    """A folder's name for a model: its last letters, of any script, and what every file system takes."""
+    return re.sub(r"[^\w.]+", "-", name)[-80:].strip("-.") or "model"
 
 
 def saved(folder: Path, row: Row) -> Path:

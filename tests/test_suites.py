@@ -23,6 +23,7 @@ from evaluation import geneval, judges, relearn, results, samplers, statistics, 
 from evaluation.geneval import Instance
 from evaluation.i2p import CATEGORIES
 from evaluation.report import PUBLISHED
+from evaluation.rows import Row
 from evaluation.statistics import Counts, Means, Rates, Variety
 from plumbing.models import check_model, load_network, load_pipeline, to_compute_type
 from plumbing.run import sha256
@@ -48,7 +49,7 @@ def read(suite, *more):
 
 
 def row(case=0, image=0, prompt="a star", groups=("hate",), seed=5, guidance=7.5, **more):
-    return evaluate.Row(case, image, prompt, groups, seed, guidance, **more)
+    return Row(case, image, prompt, groups, seed, guidance, **more)
 
 
 def test_both_i2p_formats_give_the_same_rows_and_limit_a_fixed_part(tmp_path):
