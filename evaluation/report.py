@@ -23,17 +23,15 @@ def write(merged: list[dict], head: list[str], facts: dict, folder: Path):
     """report.json, and report.md, which is also printed: our rows, published ones below, and the origins."""
     lines = [*head, ""]
     for table in merged:
-        columns = table["rows"][0]["cells"]
-        names = [f"{column} (n={cell['n']})" for column, cell in columns.items()]
-        lines += [f"## {table['title']}", "", table["note"], ""]
-        lines += ["| " + " | ".join(["model", "reading", *names]) + " |", "|" + " --- |" * (len(names) + 2)]
+        names = [f"{column} (n={cell['n']})" for column, cell in table["rows"][0]["cells"].items()]
+        shown = [["model", "reading", *names], ["---"] * (len(names) + 2)]
         for row in table["rows"]:
             cells = [text_of(c, table["kind"], row.get("difference", False)) for c in row["cells"].values()]
-            lines.append("| " + " | ".join([row["model"], row["reading"], *cells]) + " |")
+            shown.append([row["model"], row["reading"], *cells])
         for row in table["published"]:
-            published = [f"*{row['model']}*", "*published*", *map(str, row["values"])]
-            lines.append("| " + " | ".join(published) + " |")
-        lines.append("")
+            shown.append([f"*{row['model']}*", "*published*", *map(str, row["values"])])
+        lines += [f"## {table['title']}", "", table["note"], ""]
+        lines += ["| " + " | ".join(cells) + " |" for cells in shown] + [""]
     lines += ["## Provenance", "", "95 % intervals: Wilson for rates, Bonett-Price for paired differences of "
               "rates, bootstrap over pictures for variety, normal for the rest. Safety checker off.", ""]
     lines += [f"- {key}: {value if isinstance(value, str) else json.dumps(value)}"
