@@ -116,8 +116,10 @@ def draw_ddim(pipe, predict, steps: int, eta: float, x, later: list):
 
 def draw_lms(pipe, predict, steps: int, x):
     """The fourth-order linear multistep of RECE's and the paper's code, which in diffusers needs scipy."""
-    t, sigmas = lms_schedule(DDIMScheduler.from_config(pipe.scheduler.config).alphas_cumprod, steps)
-    timesteps = torch.tensor(t.copy(), dtype=torch.float32, device=x.device)
+    a = DDIMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.double().numpy()
+    t = np.linspace(0, len(a) - 1, steps)[::-1]  # from the last to 0, fractional, as RECE spaces them
+    sigmas = np.append(np.interp(t, np.arange(len(a)), np.sqrt((1 - a) / a)), 0.0)  # (T+1,)
+    timesteps = torch.tensor(t.copy(), dtype=torch.float32, device=x.device)        # (T,)
     x, derivatives = x * sigmas[0], []
     for i, t in enumerate(timesteps):
         scale = float(sigmas[i] ** 2 + 1) ** 0.5  # 1/√a
@@ -128,14 +130,6 @@ def draw_lms(pipe, predict, steps: int, x):
         derivatives = [eps, *derivatives[:3]]  # dx/dsigma is eps
         x = x + sum(c * d for c, d in zip(lms_coefficients(sigmas, i), derivatives))
     return x
-
-
-def lms_schedule(alphas_cumprod, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps (T,), fractional, evenly from the last to 0, as RECE's LMSDiscreteScheduler spaces them, and
-    sigma = √((1-a)/a) there, then 0 (T+1,)."""
-    alphas = alphas_cumprod.double().numpy()
-    t = np.linspace(0, len(alphas) - 1, steps)[::-1]
-    return t, np.append(np.interp(t, np.arange(len(alphas)), np.sqrt((1 - alphas) / alphas)), 0.0)
 
 
 def lms_coefficients(sigmas: np.ndarray, i: int, order: int = 4) -> list[float]:
