@@ -81,17 +81,13 @@ def parse(argv=None):
     return args
 
 
-def name_models(args) -> dict:
-    """label -> (model, trick): the model, its base, then --also, whose tricks are played on the base."""
+def check(args) -> dict:
+    """Refuse what cannot work, before anything is read or loaded. Returns label -> (model, trick): the model,
+    its base, then --also, whose tricks are played on the base."""
     models = {name: (name, "") for name in (args.model, args.base) if name}
     for name in args.also:
         tricked = args.base or args.model
         models |= {f"{tricked} + {name}": (tricked, name)} if name in TRICKS else {name: (name, "")}
-    return models
-
-
-def check(args, models: dict):
-    """Refuse what cannot work, before anything is read or loaded."""
     if unknown := set(args.judges) - {*judges.JUDGES, args.suite}:
         raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown to --suite {args.suite}")
     for device in (args.device, args.noise):
@@ -106,14 +102,14 @@ def check(args, models: dict):
             raise ValueError("--fid reads pictures from their files, as clean-fid does: add --save-images")
         judges.list_pictures(args.fid)
         judges.fetch(judges.INCEPTION, args.cache)
+    return models
 
 
 def main(argv=None):
     args = parse(argv)
     parallel.join()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
-    suite, models = SUITES[args.suite], name_models(args)
-    check(args, models)
+    suite, models = SUITES[args.suite], check(args)
     rows, source, notes = suite.rows(args)
     chosen, judged, left_out = judges.make_judges(args, suite)
     notes = left_out + notes

@@ -93,8 +93,8 @@ def fine_tune(pipe, latents, texts: list, args):
 def main(argv=None):
     args = parse(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as evaluate.py
+    evaluate.check(args)
     suite = evaluate.SUITES[args.suite]
-    evaluate.check(args, evaluate.name_models(args))
     rows, source, notes = getattr(suite, "relearn_rows", suite.rows)(args)
     chosen, judged, left_out = judges.make_judges(args, suite)
     notes = left_out + notes

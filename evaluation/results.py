@@ -112,8 +112,7 @@ def finish(pipe, trick: str, path: Path, done: dict, rows: list[Row], args, chos
             if not all(row.key in done for row in batch)
             or args.save_images and not all(saved(path.parent, row).is_file() for row in batch)]
     done, todo = parallel.gather((done, todo))[0]  # as the first process found it
-    left = sum(map(len, todo))
-    with tqdm(total=len(rows), initial=len(rows) - left, desc=path.parent.name, disable=None) as bar:
+    with tqdm(total=sum(map(len, todo)), desc=path.parent.name, disable=None) as bar:
         for first in range(0, len(todo), parallel.world()):
             mine = first + parallel.rank()  # the batch of this process, if there is one for it
             found = sum(parallel.gather(results_of(todo[mine]) if mine < len(todo) else []), [])
