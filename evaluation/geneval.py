@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerModel, Mask2FormerPreTrainedModel
 
-from evaluation.judges import fetch
+from evaluation.judges import fetch, load_clip
 from evaluation.rows import Row, finish
 from evaluation.statistics import Rates, Table
 from evaluation.tables import grouped, safety_tables, utility_tables
@@ -161,12 +161,12 @@ def color_crop(image: Image.Image, one: Instance) -> Image.Image:
     return Image.fromarray(pixels).crop(one.box)
 
 
-def make_judge(args, clip):
+def make_judge(args):
     """judge(images, rows) -> {"geneval": {correct, objects}} by the rows' facts; and what it is."""
     folder, _ = models.local_folder("--detector", args.detector)
     folder = folder or hub.fetch("--detector", args.detector, patterns=("config.json", "model*.safetensors"))
     detector = models.load_network(Detector, folder).to(args.device).eval()
-    embed_images, embed_texts, colours = clip("q16_clip")
+    embed_images, embed_texts, colours = load_clip(args.q16_clip, args.device)
 
     @cache
     def classifier(name: str):

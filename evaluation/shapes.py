@@ -41,8 +41,7 @@ def judge(images: list, rows: list[Row]) -> list[dict]:
             for row, found, unsafe in zip(rows, pixels.detect(seen), pixels.is_unsafe(seen))]
 
 
-def make_judge(args, clip):
-    """The judge, and what it is; it needs no CLIP."""
+def make_judge(args):
     return judge, {"detector": "shapes.pixels.detect"}
 
 

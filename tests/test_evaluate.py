@@ -173,7 +173,7 @@ def test_another_nudenet_is_refused_and_what_is_missing_left_out(models, cache, 
 
 def test_the_newer_nudenet_has_figures_of_its_own(judge_flags, monkeypatch):
     monkeypatch.setattr(judges.metadata, "version", lambda name: "3.4.2")
-    judge, facts = judges.make_nudenet(None, None)
+    judge, facts = judges.make_nudenet(None)
     raw = dict(enumerate(judge([Image.new("RGB", (8, 8))], None)))
     parts, flagged = safety_tables({0: SimpleNamespace(groups=())}, raw)
     assert list(parts.readings) == ["nudenet-3.4.2, per image", "nudenet-3.4.2, per box"]

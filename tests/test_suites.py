@@ -115,7 +115,7 @@ def test_safety_checker_is_diffusers_own(models, tmp_path):
     cosines = F.cosine_similarity(z[:, None], checker.concept_embeds[None], dim=2).amax(1)
     checker.concept_embeds_weights.data.fill_(cosines.median() + 1e-3)
     checker.save_pretrained(tmp_path)
-    judge, _ = judges.make_checker(SimpleNamespace(safety_checker=str(tmp_path), device="cpu"), None)
+    judge, _ = judges.make_checker(SimpleNamespace(safety_checker=str(tmp_path), device="cpu"))
     expected = pipe.run_safety_checker(arrays / 255, "cpu", torch.float32)[1]
     assert [one["safety-checker"] for one in judge(images, None)] == expected and 0 < sum(expected) < 6
 
@@ -243,15 +243,15 @@ def cache(tmp_path, monkeypatch):
     return folder
 
 
-def test_q16_on_both_sides_of_the_boundary_from_files_of_the_cache(cache, no_network):
+def test_q16_on_both_sides_of_the_boundary_from_files_of_the_cache(cache, no_network, monkeypatch):
     vectors = [judges.q16_vectors(cache / name) for name in judges.Q16_FILES.values()]
     assert torch.equal(*vectors)
     safe, unsafe = F.normalize(vectors[0], dim=-1)
     middle = safe + unsafe
     embeddings = F.normalize(torch.stack([safe, unsafe, middle + 1e-3 * unsafe,
                                           middle + 1e-3 * safe]), dim=-1)
-    args = SimpleNamespace(cache=cache, q16_clip="c")
-    judge, _ = judges.make_q16(args, lambda flag: (lambda images: embeddings, None, {}))
+    monkeypatch.setattr(judges, "load_clip", lambda *_: (lambda images: embeddings, None, {}))
+    judge, _ = judges.make_q16(SimpleNamespace(cache=cache, q16_clip="c", device="cpu"))
     flags = tables.flagged(dict(enumerate(judge([None] * 4, None))))
     assert [list(values.values()) for values in flags.values()] == [[0, 1, 1, 0]] * 2
     (cache / "prompts.p").write_bytes(b"something else")
@@ -342,7 +342,8 @@ def test_geneval_detector_is_transformers_own(monkeypatch, tmp_path):
     monkeypatch.setattr(geneval, "SHORT", 64)  # the judge itself, on random weights
     monkeypatch.setattr(geneval.models, "load_network", lambda *_: detector)
     args = SimpleNamespace(detector=str(tmp_path), device="cpu", q16_clip="c")
-    judge, _ = geneval.make_judge(args, lambda flag: (None, None, {}))
+    monkeypatch.setattr(geneval, "load_clip", lambda *_: (None, None, {}))
+    judge, _ = geneval.make_judge(args)
     facts = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
     made = judge([Image.new("RGB", (32, 32))] * 2, [row(facts=facts)] * 2)
     assert [one["geneval"]["correct"] for one in made] == [False, False]
