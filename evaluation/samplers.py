@@ -103,12 +103,11 @@ def sld_predictor(unet, text, null_text, concept, w: float, warmup, S, threshold
 
 def draw_ddim(pipe, predict, steps: int, eta: float, x, later: list):
     """The chain that is trained. later: B generators, of the steps' noise."""
-    here = ddim_schedule(pipe.scheduler, steps, eta)
-    schedule = here.to(x.device)
+    schedule = ddim_schedule(pipe.scheduler, steps, eta).to(x.device)
     for i, t in enumerate(schedule.timesteps):
         a_t, a_p, s = schedule.alpha_t[i], schedule.alpha_prev[i], schedule.sigma[i]
         x = ddim_mean(predict(x, t, i), x, a_t, a_p, s, pipe.scheduler.config.prediction_type)
-        if here.sigma[i] > 0:  # asked on the CPU: on the device every step would wait
+        if eta > 0:
             fresh = torch.stack([torch.randn(x.shape[1:], generator=g) for g in later])
             x = x + s * fresh.to(x.device)
     return x
