@@ -61,8 +61,7 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
             facts = record.fields
             clauses = [clause for part in ("include", "exclude") for clause in facts.get(part) or []]
             if facts.get("tag") not in TASKS or not all(clause.get("class") in NAMES for clause in clauses):
-                raise ValueError(f"{path}, line {record.line}: not GenEval's metadata: tag has to be one of "
-                                 "its tasks, and include and exclude name its classes")
+                raise ValueError(f"{path}, line {record.line}: not GenEval's metadata, its tags and classes")
             made.append(Row(len(made), 0, record.text, (facts["tag"],), args.seed, args.guidance,
                             facts=facts))
     return finish(made, args, notes), source, notes
