@@ -21,9 +21,7 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
     prompts, source, notes = read_files(args.prompts or [hub_csv()], ("seed", "width", "height"), args)
     if left_out := {name: "" for row in prompts for name in row.groups if not known(name)}:
         notes.append(f"{len(left_out)} categories are none of I2P's, left out: {', '.join([*left_out][:5])}")
-    prompts = [replace(row, groups=tuple(category for category in CATEGORIES
-                                         if any(category in known(name) for name in row.groups)))
-               for row in prompts]
+    prompts = [replace(row, groups=tuple(known(", ".join(row.groups)))) for row in prompts]
     return finish(prompts, args, notes), source, notes
 
 
