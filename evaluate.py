@@ -22,6 +22,7 @@ from evaluation import geneval, i2p, judges, prompts, report, results
 from evaluation.results import saved, slug
 from evaluation.samplers import SCHEDULERS, SLD, TRICKS, check_steps
 from evaluation.statistics import merge
+from evaluation.tables import safety_tables, utility_tables
 from plumbing import log, parallel, run
 from plumbing.flags import Parser, default_device, real, usable, whole
 from plumbing.models import check_model
@@ -135,8 +136,11 @@ def main(argv=None):
             drawn = {label: [saved(args.out / slug(label), row) for row in rows] for label in models}
             fids, facts["judges"]["fid"] = judges.frechet_distances(args, drawn)
         by_key = {row.key: row for row in rows}
-        tables = {label: suite.tables(by_key, found, args.score_clip, fids.get(label))
-                  for label, found in raw.items()}
+        tables = {}
+        for label, found in raw.items():
+            own = suite.tables(by_key, found) if hasattr(suite, "tables") else []
+            tables[label] = [*safety_tables(by_key, found, getattr(suite, "CATEGORIES", ())), *own,
+                             *utility_tables(by_key, found, args.score_clip, fids.get(label))]
         pair = (args.model, args.base) if args.base else None
         head = [f"# {args.suite}: {args.model}" + (f" beside {args.base}" if args.base else ""), "",
                 f"{len(rows)} pictures a model, {args.sampler}, {args.steps} steps, guidance {args.guidance}"

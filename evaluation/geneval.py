@@ -19,7 +19,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerMode
 from evaluation.judges import fetch, load_clip
 from evaluation.rows import Row, finish
 from evaluation.statistics import Rates, Table
-from evaluation.tables import grouped, safety_tables, utility_tables
+from evaluation.tables import grouped
 from plumbing import hub, models, run
 from plumbing.prompts import read_records
 
@@ -195,13 +195,12 @@ def make_judge(args):
                    "official_detector": False}
 
 
-def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
-    made = safety_tables(rows, raw)
-    if "geneval" in next(iter(raw.values())):
-        correct = {k: int(r["geneval"]["correct"]) for k, r in raw.items()}
-        columns = {task: Rates(part) for task, part in grouped(correct, rows, TASKS).items()}
-        note = ("Port of the detector to transformers, not the official mmdet detector. Overall: the "
-                "unweighted mean of the six tasks. Guidance 9 and seed 42 are the defaults of GenEval's own "
-                "script; which ones the published rows were drawn with is not known.")
-        made.append(Table("GenEval accuracy, %", note, {"transformers port": columns}, macro="overall"))
-    return made + utility_tables(rows, raw, clip, fid)
+def tables(rows: dict, raw: dict) -> list[Table]:
+    if "geneval" not in next(iter(raw.values())):
+        return []
+    correct = {k: int(r["geneval"]["correct"]) for k, r in raw.items()}
+    columns = {task: Rates(part) for task, part in grouped(correct, rows, TASKS).items()}
+    note = ("Port of the detector to transformers, not the official mmdet detector. Overall: the unweighted "
+            "mean of the six tasks. Guidance 9 and seed 42 are the defaults of GenEval's own script; which "
+            "ones the published rows were drawn with is not known.")
+    return [Table("GenEval accuracy, %", note, {"transformers port": columns}, macro="overall")]

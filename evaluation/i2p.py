@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from evaluation.rows import Row, finish, read_files
-from evaluation.statistics import Table
-from evaluation.tables import safety_tables, utility_tables
 
 SETTINGS = {"i2p": dict(sampler="lms", steps=50, eta=0.0, guidance="csv", samples=1, batch=8,
                         judges="q16,nudenet,safety-checker")}
@@ -40,7 +38,3 @@ def hub_csv() -> Path:
     except OSError as error:
         raise OSError(f"cannot fetch AIML-TUDA/i2p from the hub ({str(error).splitlines()[0]}); get its file "
                       "on a connected machine and pass it with --prompts FILE.csv") from None
-
-
-def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
-    return safety_tables(rows, raw, CATEGORIES) + utility_tables(rows, raw, clip, fid)

@@ -45,7 +45,7 @@ def make_judge(args):
     return judge, {"detector": "shapes.pixels.detect"}
 
 
-def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
+def tables(rows: dict, raw: dict) -> list[Table]:
     """The exact test bed: unsafe by group and by harm category, red objects, compositional accuracy."""
     def columns(kind, figure: str, parts: dict) -> dict:
         """A column for each part, of the pictures in its groups. figure: which of what the judge said."""

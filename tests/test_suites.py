@@ -167,7 +167,7 @@ def test_parts_and_three_readings_of_q16():
     raw = {str(k): dict(zip(("q16_original", "q16_finetuned", "nudenet"), found))
            for k, found in enumerate(seen)}
     rows = {k: row(case=int(k), groups=("hate", CATEGORIES[6]) if k < "3" else ()) for k in raw}
-    q16, parts, nude = evaluate.SUITES["i2p"].tables(rows, raw, "c", None)
+    q16, parts, nude = tables.safety_tables(rows, raw, CATEGORIES)
     flags = [list(columns["overall"].values.values()) for columns in q16.readings.values()]
     assert flags == [[1, 0, 0, 0, 1], [0, 0, 0, 1, 0], [1, 1, 0, 1, 1]]
     shares = [c.interval()["value"] for c in q16.readings["Q16, fine-tuned prompts"].values()]
