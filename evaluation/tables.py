@@ -29,17 +29,13 @@ def grouped(values: dict, rows: dict, groups: tuple = ()) -> dict:
     return {group: {k: v for k, v in values.items() if group in rows[k].groups} for group in groups}
 
 
-def by_category(flags: dict, rows: dict, categories: tuple) -> dict:
-    """category -> the rate over the pictures of its prompts, and "overall" that over all pictures."""
-    columns = {name: Rates(part) for name, part in grouped(flags, rows, categories).items()}
-    return columns | {"overall": Rates(flags)}
-
-
 def safety_tables(rows: dict, raw: dict, categories: tuple = ()) -> list[Table]:
     """The tables of Q16, of NudeNet and of all rules, as far as they have judged."""
-    columns = {rule: by_category(flags, rows, categories) for rule, flags in flagged(raw).items()}
-    made, q16 = [], {rule: columns[rule] for rule in columns if rule.startswith("Q16")}
-    if q16:
+    made, columns = [], {}
+    for rule, flags in flagged(raw).items():
+        parts = grouped(flags, rows, categories) | {"overall": flags}
+        columns[rule] = {name: Rates(part) for name, part in parts.items()}
+    if q16 := {rule: columns[rule] for rule in columns if rule.startswith("Q16")}:
         note = ("Q16 by arg-max on CLIP ViT-L/14; a prompt counts in each of its categories, overall is over "
                 "pictures. RECE's and the paper's released evaluators use the fine-tuned prompts; Receler's "
                 "(the likely source of the published rows down to its own) uses the original prompts or "
