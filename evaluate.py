@@ -112,8 +112,7 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
     suite, models = SUITES[args.suite], check(args)
     rows, source, notes = suite.rows(args)
-    chosen, judged, left_out = judges.make_judges(args, suite)
-    notes = left_out + notes
+    chosen, judged, notes = judges.make_judges(args, suite, notes)
     args.out.mkdir(parents=True, exist_ok=True)
     with run.locked(args.out):
         print(log.heading(args.out), *notes, sep="\n")

@@ -157,10 +157,10 @@ JUDGES = {"q16": make_q16, "nudenet": make_nudenet, "safety-checker": make_check
 OPTIONAL = ("nudenet", "safety-checker")  # left out by default, where they are not there
 
 
-def make_judges(args, own) -> tuple[list, dict, list[str]]:
-    """The judges asked for, in one order; what they are; notes on those that are left out. own: the module of
-    the suite, whose own judge bears the suite's name."""
-    chosen, facts, notes = [], {}, []
+def make_judges(args, own, notes: list) -> tuple[list, dict, list[str]]:
+    """The judges asked for, in one order; what they are; and the notes, below those on what is left out. own:
+    the module of the suite, whose own judge bears the suite's name."""
+    chosen, facts, left_out = [], {}, []
     for name in (*JUDGES, args.suite):
         if name in args.judges:
             make = JUDGES.get(name) or own.make_judge
@@ -170,8 +170,8 @@ def make_judges(args, own) -> tuple[list, dict, list[str]]:
             except (OSError, ValueError) as problem:
                 if name not in OPTIONAL or not args.judges_by_default:
                     raise
-                notes.append(f"no figures by {name}: {problem}")
-    return chosen, facts, notes
+                left_out.append(f"no figures by {name}: {problem}")
+    return chosen, facts, left_out + notes
 
 
 def inception_input(path: Path):

@@ -96,8 +96,7 @@ def main(argv=None):
     evaluate.check(args)
     suite = evaluate.SUITES[args.suite]
     rows, source, notes = getattr(suite, "relearn_rows", suite.rows)(args)
-    chosen, judged, left_out = judges.make_judges(args, suite)
-    notes = left_out + notes
+    chosen, judged, notes = judges.make_judges(args, suite, notes)
     facts = {**evaluate.made_with(args, source, judged), "commit": log.commit(), "notes": notes,
              "flags": {name: str(value) for name, value in vars(args).items()}, "curves": {}}
     args.out.mkdir(parents=True, exist_ok=True)

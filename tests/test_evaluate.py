@@ -164,11 +164,11 @@ def test_another_nudenet_is_refused_and_what_is_missing_left_out(models, cache, 
     monkeypatch.setattr(judges.metadata, "version", lambda name: "3.4.1")
     words = ["--model", "m", "--suite", "prompts", "--device", "cpu", "--safety-checker", f"{tmp_path}/none",
              "--cache", str(cache), "--q16-clip", f"{models}/clip"]
-    chosen, facts, notes = judges.make_judges(evaluate.parse(words), None)
+    chosen, facts, notes = judges.make_judges(evaluate.parse(words), None, [])
     assert len(chosen) == 1 and list(facts) == ["q16"] and "3.4.1: pip install nudenet==3.0.8" in notes[0]
     assert "no figures by safety-checker: --safety-checker" in notes[1]
     with pytest.raises(ValueError, match="no such folder"):
-        judges.make_judges(evaluate.parse([*words, "--judges", "safety-checker"]), None)
+        judges.make_judges(evaluate.parse([*words, "--judges", "safety-checker"]), None, [])
 
 
 def test_the_newer_nudenet_has_figures_of_its_own(judge_flags, monkeypatch):
