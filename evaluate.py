@@ -8,14 +8,11 @@ or any CSV of prompts) and `shapes` (the exact test bed).
     python evaluate.py --model runs/x/final --base CompVis/stable-diffusion-v1-4 --suite i2p --also sld-medium
 
 evaluation/ has a module for each suite; samplers.py says how pictures are drawn, judges.py what is in them.
-Every finished picture is one line of OUT/MODEL/rows.jsonl, joined by case number and never by position: the
-same command continues where it was stopped, and ends with the same report, as do several processes.
-Departures from the published harnesses: docs/evaluation.md.
+The same command continues where it was stopped, and ends with the same report, as do several processes
+(results.py). Departures from the published harnesses: docs/evaluation.md.
 """
 
 import platform
-import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,9 +20,9 @@ import torch
 
 from evaluation import geneval, i2p, judges, prompts, report, results
 from evaluation.results import saved, slug
-from evaluation.rows import Row
 from evaluation.samplers import SCHEDULERS, SLD, TRICKS, check_steps
 from evaluation.statistics import merge
+from evaluation.tables import safety_tables, utility_tables
 from plumbing import log, parallel, run
 from plumbing.flags import Parser, default_device, real, usable, whole
 from plumbing.models import check_model
@@ -36,12 +33,7 @@ if (Path(__file__).parent / "shapes" / "__init__.py").is_file():  # a folder tha
     from evaluation import shapes
     MODULES.append(shapes)
 SUITES = {name: module for module in MODULES for name in module.SETTINGS}
-OWN = {"geneval", "shapes"}  # suites with prompts and a judge of their own, and with nothing to blur
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow")
-
-
-def guidance_flag(text: str):
-    return text if text == "csv" else real("[0, 10000]")(text)
 
 
 def parse(argv=None):
@@ -62,7 +54,7 @@ def parse(argv=None):
           help="lms: RECE's and the paper's; ddim: geneval and shapes; the others are diffusers' own")
     group("--steps", type=whole(1))
     group("--eta", type=real("[0, 1]"), help="ddim only: 0 deterministic, 1 as in training")
-    group("--guidance", type=guidance_flag, help="csv (each row's own: i2p's default) or one number")
+    group("--guidance", type=real("[0, 10000]"), help="one number; i2p's default: each row's own")
     group("--noise", choices=("cpu", "cuda"), default="cpu", help="where noise is seeded; RECE and R1: cuda")
     group("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
           help="of the networks' compute; on a GPU float32 has TF32; the others draw other details")
@@ -80,7 +72,6 @@ def parse(argv=None):
     group = parser.add_argument_group("output").add_argument
     group("--save-images", action="store_true", help="keep every picture in OUT/MODEL/pictures")
     group("--rescore", action="store_true", help="judge saved pictures again, without generating")
-    group("--show", action="store_true", help="do not blur the grid (shapes and geneval never are)")
     args = parser.parse_args(argv)
     args.judges_by_default = args.judges is None  # a default that is not here is left out, and said so
     for name, value in SUITES[args.suite].SETTINGS[args.suite].items():
@@ -91,111 +82,80 @@ def parse(argv=None):
     return args
 
 
-def name_models(args) -> dict:
-    """label -> (model, trick): the model, its base, then --also, whose tricks are played on the base."""
+def check(args) -> dict:
+    """Refuse what cannot work, before anything is read or loaded. Returns label -> (model, trick): the model,
+    its base, then --also, whose tricks are played on the base."""
     models = {name: (name, "") for name in (args.model, args.base) if name}
     for name in args.also:
         tricked = args.base or args.model
         models |= {f"{tricked} + {name}": (tricked, name)} if name in TRICKS else {name: (name, "")}
-    args.folders = {label: args.out / slug(label) for label in models}
-    names = {path.name.casefold() for path in args.folders.values()}
-    if len(names) < 1 + bool(args.base) + len(args.also):
-        raise ValueError("--model, --base and --also name a model twice, or two with one folder's name")
-    return models
-
-
-def check(args, models: dict) -> list[str]:
-    """Refuse what cannot work, before anything is read or loaded. Returns what was left out."""
-    known = {*judges.JUDGES, *({args.suite} & OWN)}
-    if unknown := set(args.judges) - known:
-        raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown; --suite {args.suite} has "
-                         f"{', '.join(sorted(known))}")
-    if args.guidance == "csv" and args.suite in OWN:
-        raise ValueError(f"--guidance csv: --suite {args.suite} has no guidance column; give a number")
+    if unknown := set(args.judges) - {*judges.JUDGES, args.suite}:
+        raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown to --suite {args.suite}")
     for device in (args.device, args.noise):
         usable(device)
-    flags = {args.model: "--model", args.base: "--base"}
     for name, trick in models.values():
         if trick in SLD and args.sampler in SCHEDULERS:
             raise ValueError(f"--also {trick}: drawn by --sampler ddim or lms, not {args.sampler}")
         if not args.rescore:
-            check_steps(args.sampler, check_model(flags.get(name, "--also"), name), args.steps, args.eta)
+            check_steps(args.sampler, check_model("model", name), args.steps, args.eta)
     if args.fid:
         if not (args.save_images or args.rescore):
             raise ValueError("--fid reads pictures from their files, as clean-fid does: add --save-images")
         judges.list_pictures(args.fid)
         judges.fetch(judges.INCEPTION, args.cache)
-    notes = []
-    for name, check_judge in judges.OPTIONAL.items():
-        try:
-            check_judge(args) if name in args.judges else None
-        except (OSError, ValueError) as problem:
-            if not args.judges_by_default:
-                raise
-            args.judges.remove(name)
-            notes.append(f"no figures by {name}: {problem}")
-    return notes
+    return models
 
 
 def main(argv=None):
-    args, started = parse(argv), time.time()
+    args = parse(argv)
     parallel.join()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
-    suite, models = SUITES[args.suite], name_models(args)
-    notes = check(args, models)
-    rows, source, remarks = suite.rows(args)
-    chosen, judged = judges.make_judges(args, suite)
+    suite, models = SUITES[args.suite], check(args)
+    rows, source, notes = suite.rows(args)
+    chosen, judged, notes = judges.make_judges(args, suite, notes)
     args.out.mkdir(parents=True, exist_ok=True)
     with run.locked(args.out):
-        for note in () if parallel.rank() else [log.heading(args.out), *notes, *remarks]:
-            print(note, file=sys.stderr)
+        print(log.heading(args.out), *notes, sep="\n")
         header = parallel.gather(made_with(args, source, judged))[0]
-        made, raw = draw_and_judge(args, models, rows, chosen, header)
+        opened = {label: results.open_results(name, trick, args.out / slug(label), args, header)
+                  for label, (name, trick) in models.items()}  # all, before the first is drawn
+        raw = {}
+        for label, (name, trick) in models.items():
+            path, _, done = opened[label]
+            pipe = None if args.rescore else results.load(name, args)
+            raw[label] = results.finish(pipe, trick, path, done, rows, args, chosen)
+            del pipe  # before the next one is loaded
         if parallel.rank():
             return
-        facts = {"models": made, "prompts": source, **header, "notes": notes + remarks,
+        made = {label: model for label, (_, model, _) in opened.items()}
+        facts = {"models": made, "prompts": source, **header, "notes": notes,
                  "safety_checker": "off", "commit": log.commit()}
         fids = {}
         if args.fid:
-            drawn = {label: [saved(args.folders[label], row) for row in rows] for label in models}
+            drawn = {label: [saved(args.out / slug(label), row) for row in rows] for label in models}
             fids, facts["judges"]["fid"] = judges.frechet_distances(args, drawn)
         by_key = {row.key: row for row in rows}
-        tables = {label: suite.tables(by_key, found, args.score_clip, fids.get(label))
-                  for label, found in raw.items()}
+        tables = {}
+        for label, found in raw.items():
+            own = suite.tables(by_key, found) if hasattr(suite, "tables") else []
+            tables[label] = [*safety_tables(by_key, found, getattr(suite, "CATEGORIES", ())), *own,
+                             *utility_tables(by_key, found, args.score_clip, fids.get(label))]
         pair = (args.model, args.base) if args.base else None
         head = [f"# {args.suite}: {args.model}" + (f" beside {args.base}" if args.base else ""), "",
                 f"{len(rows)} pictures a model, {args.sampler}, {args.steps} steps, guidance {args.guidance}"
                 + (f", eta {args.eta}" if args.sampler == "ddim" else "")]
         report.write(merge(tables, pair, report.PUBLISHED.get(args.suite, {})), head, facts, args.out)
-        print(f"{args.out / 'report.md'}: {len(rows)} pictures of each of {len(models)} models, "
-              f"{time.time() - started:.0f} s", file=sys.stderr)
+        print(args.out / "report.md")
 
 
 def made_with(args, source: dict, judged: dict) -> dict:
-    """What decides over the results, which a start that continues has to share: flags, what was read and who
-    judges by content, device and versions."""
+    """What decides over the results: flags, what was read and who judges by content, device, versions."""
     flags = ("suite", "sampler", "steps", "eta", "guidance", "noise", "dtype", "seed", "samples", "images")
     settings = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     device = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
     versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
     return {"settings": settings | {"prompts": list(source.values())}, "judges": judged, "device": device,
             "versions": versions}
-
-
-def draw_and_judge(args, models: dict, rows: list[Row], chosen: list, header: dict) -> tuple[dict, dict]:
-    """label -> who the model is, label -> {picture: what the judges said}; and the grid of all models."""
-    shown = [] if args.rescore or parallel.rank() else report.grid_rows(rows)
-    made, raw, strips = {}, {}, []
-    for label, (name, trick) in models.items():
-        path, made[label], done = results.open_results(name, trick, args.folders[label], args, header)
-        pipe = None if args.rescore else results.load(name, args)
-        strips += [results.draw(pipe, [row], trick, args).cpu() for row in shown]
-        raw[label] = results.finish(pipe, trick, path, done, rows, args, chosen)
-        del pipe  # before the next one is loaded
-    if strips:
-        hide = not (args.suite in OWN or args.show)
-        report.save_strips(strips, list(models), shown, args.out / "grid.png", hide)
-    return made, raw
 
 
 if __name__ == "__main__":

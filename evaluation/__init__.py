@@ -1,2 +1,2 @@
 """A module for each suite, with SETTINGS (suite -> what flags are where they are not given), rows(args) ->
-rows, source, notes, and tables(rows, raw, clip, fid) -> list of Table; two also with make_judge."""
+rows, source, notes; two also with a make_judge(args) and tables(rows, raw) -> list of Table of their own."""

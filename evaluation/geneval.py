@@ -1,8 +1,8 @@
 """GenEval (arXiv 2310.11513): compositional accuracy of text-to-image models by object detection.
 
 The rules of djghosh13/geneval (commit af4902f24d3c: evaluation/evaluate_images.py) on the raw logits of a
-Mask2Former from transformers: **a port, not the official detector**, which is mmdet's and has other weights,
-so that its confidences are calibrated differently. Most exposed to that is counting, which cuts at 0.9.
+Mask2Former from transformers: **a port, not the official detector**, which is mmdet's. Other weights have
+other confidences, and counting, which cuts at 0.9, is most exposed to that.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from PIL import Image
 from torch import nn
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerModel, Mask2FormerPreTrainedModel
 
-from evaluation.judges import fetch
+from evaluation.judges import fetch, load_clip
 from evaluation.rows import Row, finish
 from evaluation.statistics import Rates, Table
-from evaluation.tables import safety_tables, utility_tables
+from evaluation.tables import grouped
 from plumbing import hub, models, run
 from plumbing.prompts import read_records
 
@@ -61,8 +61,7 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
             facts = record.fields
             clauses = [clause for part in ("include", "exclude") for clause in facts.get(part) or []]
             if facts.get("tag") not in TASKS or not all(clause.get("class") in NAMES for clause in clauses):
-                raise ValueError(f"{path}, line {record.line}: not GenEval's metadata: tag has to be one of "
-                                 "its tasks, and include and exclude name its classes")
+                raise ValueError(f"{path}, line {record.line}: not GenEval's metadata, its tags and classes")
             made.append(Row(len(made), 0, record.text, (facts["tag"],), args.seed, args.guidance,
                             facts=facts))
     return finish(made, args, notes), source, notes
@@ -161,13 +160,12 @@ def color_crop(image: Image.Image, one: Instance) -> Image.Image:
     return Image.fromarray(pixels).crop(one.box)
 
 
-def make_judge(args, clip):
-    """judge(images, rows) -> {"geneval": {correct, objects}} for each PIL picture, by its row's `facts`; and
-    what it is."""
+def make_judge(args):
+    """judge(images, rows) -> {"geneval": {correct, objects}} by the rows' facts; and what it is."""
     folder = (models.local_folder("--detector", args.detector)
               or hub.fetch("--detector", args.detector, ("config.json", "model*.safetensors")))
     detector = models.load_network(Detector, folder).to(args.device).eval()
-    embed_images, embed_texts, colours = clip("q16_clip")
+    embed_images, embed_texts, colours = load_clip(args.q16_clip, args.device)
 
     @cache
     def classifier(name: str):
@@ -197,13 +195,12 @@ def make_judge(args, clip):
                    "official_detector": False}
 
 
-def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
-    made = safety_tables(rows, raw)
-    if "geneval" in next(iter(raw.values())):
-        columns = {t: Rates({k: int(r["geneval"]["correct"]) for k, r in raw.items() if t in rows[k].groups})
-                   for t in TASKS}
-        note = ("Port of the detector to transformers, not the official mmdet detector. Overall: the "
-                "unweighted mean of the six tasks. Guidance 9 and seed 42 are the defaults of GenEval's own "
-                "script; which ones the published rows were drawn with is not known.")
-        made.append(Table("GenEval accuracy, %", note, {"transformers port": columns}, macro="overall"))
-    return made + utility_tables(rows, raw, clip, fid)
+def tables(rows: dict, raw: dict) -> list[Table]:
+    if "geneval" not in next(iter(raw.values())):
+        return []
+    correct = {k: int(r["geneval"]["correct"]) for k, r in raw.items()}
+    columns = {task: Rates(part) for task, part in grouped(correct, rows, TASKS).items()}
+    note = ("Port of the detector to transformers, not the official mmdet detector. Overall: the unweighted "
+            "mean of the six tasks. Guidance 9 and seed 42 are the defaults of GenEval's own script; which "
+            "ones the published rows were drawn with is not known.")
+    return [Table("GenEval accuracy, %", note, {"transformers port": columns}, macro="overall")]

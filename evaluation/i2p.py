@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from evaluation.rows import Row, finish, read_files
-from evaluation.statistics import Table
-from evaluation.tables import safety_tables, utility_tables
 
 SETTINGS = {"i2p": dict(sampler="lms", steps=50, eta=0.0, guidance="csv", samples=1, batch=8,
                         judges="q16,nudenet,safety-checker")}
@@ -21,15 +19,12 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
     prompts, source, notes = read_files(args.prompts or [hub_csv()], ("seed", "width", "height"), args)
     if left_out := {name: "" for row in prompts for name in row.groups if not known(name)}:
         notes.append(f"{len(left_out)} categories are none of I2P's, left out: {', '.join([*left_out][:5])}")
-    prompts = [replace(row, groups=tuple(category for category in CATEGORIES
-                                         if any(category in known(name) for name in row.groups)))
-               for row in prompts]
+    prompts = [replace(row, groups=tuple(known(", ".join(row.groups)))) for row in prompts]
     return finish(prompts, args, notes), source, notes
 
 
 def known(name: str) -> list[str]:
-    """I2P's categories that a name has as whole words, in any letter case: "Sexual content" is sexual, and
-    "non-sexual" is not."""
+    """I2P's categories in a name, as whole words in any letter case. "Non-sexual" is not one of them."""
     plain = name.lower().replace("_", " ")
     return [category for category in CATEGORIES if re.search(
         rf"(?<![\w-])(?<!non ){re.sub('[- ]', '[- ]', category)}(?![\w-])", plain)]
@@ -43,7 +38,3 @@ def hub_csv() -> Path:
     except OSError as error:
         raise OSError(f"cannot fetch AIML-TUDA/i2p from the hub ({str(error).splitlines()[0]}); get its file "
                       "on a connected machine and pass it with --prompts FILE.csv") from None
-
-
-def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
-    return safety_tables(rows, raw, CATEGORIES) + utility_tables(rows, raw, clip, fid)

@@ -2,8 +2,6 @@
 of COCO, for CLIP score and FID. Sampled as RECE's and the paper's generate_images.py sample both."""
 
 from evaluation.rows import Row, finish, read_files
-from evaluation.statistics import Table
-from evaluation.tables import safety_tables, utility_tables
 
 DRAWN = dict(sampler="lms", steps=50, eta=0.0, guidance=7.5, samples=1, batch=8)
 SETTINGS = {"coco": DRAWN | {"judges": "clip"}, "prompts": DRAWN | {"judges": "q16,nudenet,safety-checker"}}
@@ -14,7 +12,3 @@ def rows(args) -> tuple[list[Row], dict, list[str]]:
         raise ValueError(f"--suite {args.suite} needs --prompts FILE")
     prompts, source, notes = read_files(args.prompts, (), args)
     return finish(prompts, args, notes), source, notes
-
-
-def tables(rows: dict, raw: dict, clip: str, fid: float | None) -> list[Table]:
-    return safety_tables(rows, raw) + utility_tables(rows, raw, clip, fid)

@@ -38,8 +38,6 @@ def parse(argv=None):
     own, others = parser.parse_known_args(argv)
     args = evaluate.parse([*others, "--base", own.base])
     vars(args).update(vars(own), at=sorted({0, *own.at}))
-    if own.data and not (own.data / "metadata.jsonl").is_file():
-        parser.error(f"--data {own.data}: it has no metadata.jsonl, a line with file_name and text a picture")
     if not {*judges.OPTIONAL, "q16", "shapes"} & set(args.judges):
         parser.error(f"--judges {','.join(args.judges)}: none of them says what is unsafe")
     if args.rescore or args.save_images or args.also or args.fid:
@@ -95,17 +93,18 @@ def fine_tune(pipe, latents, texts: list, args):
 def main(argv=None):
     args = parse(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as evaluate.py
-    suite, notes = evaluate.SUITES[args.suite], evaluate.check(args, evaluate.name_models(args))
-    rows, source, remarks = getattr(suite, "relearn_rows", suite.rows)(args)
-    notes += remarks
-    chosen, judged = judges.make_judges(args, suite)
+    evaluate.check(args)
+    suite = evaluate.SUITES[args.suite]
+    rows, source, notes = getattr(suite, "relearn_rows", suite.rows)(args)
+    chosen, judged, notes = judges.make_judges(args, suite, notes)
     facts = {**evaluate.made_with(args, source, judged), "commit": log.commit(), "notes": notes,
              "flags": {name: str(value) for name, value in vars(args).items()}, "curves": {}}
     args.out.mkdir(parents=True, exist_ok=True)
     print(log.heading(args.out), *notes, sep="\n")
     latents, texts = [], []
     for label, name in (("base", args.base), ("model", args.model)):
-        pipe, curve = models.load_pipeline(name, args.device), []
+        pipe = models.load_pipeline(name, args.device)
+        curve = facts["curves"][label] = []
         if not texts:  # by the base's autoencoder, which is the policy's, too
             for i, (images, said) in enumerate(benign_pictures(pipe, args)):
                 found = pipe.vae.encode(images.to(args.device) * 2 - 1).latent_dist
@@ -118,16 +117,16 @@ def main(argv=None):
             flags = tables.flagged(raw)  # by published rules, over all prompts
             for row in () if flags else rows:  # in the shapes world, by kind of prompt
                 flags.setdefault(row.groups[0], {})[row.key] = int(raw[row.key]["unsafe"])
-            measured = {figure: Rates(found).interval() for figure, found in flags.items()}
-            curve.append({"step": step, "rates": measured})
-            facts["curves"][label] = curve
-            start = facts["curves"]["base"][0]["rates"]
-            facts["half_back"] = {name: min((point["step"] for point in curve if label == "model"
-                                             and point["rates"][name]["value"] >= cell["value"] / 2 > 0),
-                                            default=None) for name, cell in start.items()}
+            rates = {figure: Rates(found).interval() for figure, found in flags.items()}
+            curve.append({"step": step, "rates": rates})
             run.write_text(args.out / "relearn.json", json.dumps(facts, indent=1))
-            shown = ", ".join(f"{name} {cell['value']:.1f}" for name, cell in measured.items())
+            shown = ", ".join(f"{name} {cell['value']:.1f}" for name, cell in rates.items())
             print(f"{label}, step {step:3}, unsafe %: {shown}", flush=True)
+    base, model = facts["curves"].values()
+    facts["half_back"] = {name: next((point["step"] for point in model
+                                      if point["rates"][name]["value"] >= cell["value"] / 2 > 0), None)
+                          for name, cell in base[0]["rates"].items()}
+    run.write_text(args.out / "relearn.json", json.dumps(facts, indent=1))
     print(f"half of the base's rate is back after step {facts['half_back']}")
 
 

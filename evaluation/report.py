@@ -1,17 +1,10 @@
-"""report.md, report.json and grid.png. No times: a resumed run writes the same bytes."""
+"""report.md and report.json. No times: a resumed run writes the same bytes."""
 
 import json
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
-from evaluation.rows import Row
 from plumbing.run import write_text
-from views import only_shown
-from views.grid import blur, save_grid
 
-GRID = 15  # pictures of each model in the grid
 # suite -> table -> model -> figures of the paper's project page: shown below ours, and in no computation
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
@@ -27,21 +20,18 @@ def text_of(cell: dict, kind: str, difference: bool) -> str:
 
 
 def write(merged: list[dict], head: list[str], facts: dict, folder: Path):
-    """report.json, and report.md, which is also printed: our rows first, published rows below and marked so,
-    then where every figure comes from."""
+    """report.json, and report.md, which is also printed: our rows, published ones below, and the origins."""
     lines = [*head, ""]
     for table in merged:
-        columns = table["rows"][0]["cells"]
-        names = [f"{column} (n={cell['n']})" for column, cell in columns.items()]
-        lines += [f"## {table['title']}", "", table["note"], ""]
-        lines += ["| " + " | ".join(["model", "reading", *names]) + " |", "|" + " --- |" * (len(names) + 2)]
+        names = [f"{column} (n={cell['n']})" for column, cell in table["rows"][0]["cells"].items()]
+        shown = [["model", "reading", *names], ["---"] * (len(names) + 2)]
         for row in table["rows"]:
             cells = [text_of(c, table["kind"], row.get("difference", False)) for c in row["cells"].values()]
-            lines.append("| " + " | ".join([row["model"], row["reading"], *cells]) + " |")
+            shown.append([row["model"], row["reading"], *cells])
         for row in table["published"]:
-            published = [f"*{row['model']}*", "*published*", *map(str, row["values"])]
-            lines.append("| " + " | ".join(published) + " |")
-        lines.append("")
+            shown.append([f"*{row['model']}*", "*published*", *map(str, row["values"])])
+        lines += [f"## {table['title']}", "", table["note"], ""]
+        lines += ["| " + " | ".join(cells) + " |" for cells in shown] + [""]
     lines += ["## Provenance", "", "95 % intervals: Wilson for rates, Bonett-Price for paired differences of "
               "rates, bootstrap over pictures for variety, normal for the rest. Safety checker off.", ""]
     lines += [f"- {key}: {value if isinstance(value, str) else json.dumps(value)}"
@@ -50,19 +40,3 @@ def write(merged: list[dict], head: list[str], facts: dict, folder: Path):
     write_text(folder / "report.md", text)
     write_text(folder / "report.json", json.dumps({"tables": merged, "provenance": facts}, indent=1))
     print(text)
-
-
-def grid_rows(rows: list[Row]) -> list[Row]:
-    """The first picture of each group, up to GRID, of the first row's size: the same at every start."""
-    size = rows[0].width, rows[0].height
-    first = {row.groups: row for row in reversed(rows) if (row.width, row.height) == size}
-    return sorted(first.values(), key=lambda row: row.case)[:GRID]
-
-
-def save_strips(strips: list, names: list, shown: list[Row], path: Path, hide: bool):
-    """The models' pictures of the same rows below each other, blurred with `hide`, and reduced to 256 pixels.
-    strips: len(names) * len(shown) pictures (1, 3, H, W)."""
-    with only_shown(path.name):
-        small = [F.avg_pool2d(picture, max(1, picture.shape[-1] // 256)) for picture in strips]
-        labels = [" ".join((*row.groups, str(row.case))) for row in shown]
-        save_grid(torch.cat([blur(p) if hide else p for p in small]), path, len(shown), names, labels)

@@ -1,8 +1,7 @@
 """One model's pictures, drawn and judged by batches, and the file that a second start goes on from.
 
-Every finished picture is one line of OUT/MODEL/rows.jsonl, below a header: what made it, by content. Of
-several processes each takes a batch of every round, and the first writes for all: the file is the same for
-any number of them.
+Every finished picture is one line of OUT/MODEL/rows.jsonl, below a header: what made it, by content. Several
+processes take a batch each in every round, and the first writes for all.
 """
 
 import json
@@ -18,15 +17,12 @@ from evaluation.rows import Row
 from plumbing import models, parallel, run
 from sample import autocast
 
-LONGEST = 80  # letters of a model's name in that of its folder; file systems take 255 bytes
-# names in a header, which are for its reader: what bears them is compared by content
-NAMES = ("judges.q16.clip:", "judges.clip.clip:", "judges.geneval.detector:", "judges.geneval.colours:",
-         "judges.safety-checker.name:", "model.name:")
+NAMES = (".clip", ".detector", ".colours", ".name")  # in a header for its reader: their weights are compared
 
 
 def slug(name: str) -> str:
-    """A folder's name for a model: its letters, of any script, and what is safe on every file system."""
-    return re.sub(r"[^\w.]+", "-", name)[-LONGEST:].strip("-.") or "model"
+    """A folder's name for a model: its last letters, of any script, and what every file system takes."""
+    return re.sub(r"[^\w.]+", "-", name)[-80:].strip("-.") or "model"
 
 
 def saved(folder: Path, row: Row) -> Path:
@@ -36,7 +32,7 @@ def saved(folder: Path, row: Row) -> Path:
 
 def refuse_changes(path: Path, was: dict, now: dict):
     """Results that were made otherwise are never mixed, nor continued."""
-    changed = [line for line in run.differences(was, now) if not line.startswith(NAMES)]
+    changed = [line for line in run.differences(was, now) if not line.partition(":")[0].endswith(NAMES)]
     if changed:
         raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}): choose another --out, "
                          "or delete that file")
@@ -46,15 +42,16 @@ def open_results(name: str, trick: str, folder: Path, args, header: dict) -> tup
     """The file of a model's results, who the model is, and what an earlier start finished. With --rescore the
     file is a new one, and the model is who it was when the pictures were saved."""
     path = folder / "rows.jsonl"
+    lines = run.read_lines(path)
     if args.rescore:
-        if not (lines := run.read_lines(path)):
+        if not lines:
             raise ValueError(f"--rescore: {path} is not there: run once with --save-images")
         refuse_changes(path, {"settings": lines[0]["settings"]}, {"settings": header["settings"]})
         path, model, lines = folder / "rescored.jsonl", lines[0]["model"], []  # all is judged again
     else:
         base, adapters = models.trace("--model", name)
         weights = run.content(base) | {adapter.name: run.content(adapter) for adapter in adapters}
-        model, lines = {"name": name, "trick": trick, "weights": weights}, run.read_lines(path)
+        model = {"name": name, "trick": trick, "weights": weights}
     header = {**header, "model": model}
     if lines:
         refuse_changes(path, lines[0], header)
@@ -115,8 +112,7 @@ def finish(pipe, trick: str, path: Path, done: dict, rows: list[Row], args, chos
             if not all(row.key in done for row in batch)
             or args.save_images and not all(saved(path.parent, row).is_file() for row in batch)]
     done, todo = parallel.gather((done, todo))[0]  # as the first process found it
-    left = sum(map(len, todo))
-    with tqdm(total=len(rows), initial=len(rows) - left, desc=path.parent.name, disable=None) as bar:
+    with tqdm(total=sum(map(len, todo)), desc=path.parent.name, disable=None) as bar:
         for first in range(0, len(todo), parallel.world()):
             mine = first + parallel.rank()  # the batch of this process, if there is one for it
             found = sum(parallel.gather(results_of(todo[mine]) if mine < len(todo) else []), [])

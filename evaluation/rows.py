@@ -9,8 +9,6 @@ from pathlib import Path
 
 from plumbing.prompts import COLUMNS, Record, column, number, read_records
 
-MOST_SIDE, MOST_GUIDANCE = 8192, 1000.0   # pixels, guidance (I2P's: 255)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -57,8 +55,8 @@ def to_row(path, record: Record, first: int, index: int, needs: tuple, args) -> 
     case = first + (index if own is None else own)
     guidance = args.guidance
     if guidance == "csv":
-        guidance = number(path, record, "guidance", float, high=MOST_GUIDANCE)
-    sides = {side: number(path, record, side, high=MOST_SIDE) or 0 for side in ("width", "height")}
+        guidance = number(path, record, "guidance", float, high=1000)  # I2P's: 255
+    sides = {side: number(path, record, side, high=8192) or 0 for side in ("width", "height")}
     if any(pixels % 8 for pixels in sides.values()):
         raise ValueError(f"{path}, line {record.line}: a side of {sides} is no multiple of 8 (the VAE's)")
     groups = record.categories or (Path(path).stem,) * (len(args.prompts or ()) > 1)  # as of an attack
@@ -67,8 +65,7 @@ def to_row(path, record: Record, first: int, index: int, needs: tuple, args) -> 
 
 
 def finish(rows: list[Row], args, notes: list) -> list[Row]:
-    """--limit: each group in proportion, by every (n / limit)-th row of the rows sorted by group; said in the
-    notes. --samples: picture 0, 1, ... of each prompt."""
+    """--limit: every (n / limit)-th row of those sorted by group. --samples: that many pictures of each."""
     n, limit = len(rows), args.limit
     if limit and limit < n:
         order = sorted(range(n), key=lambda i: rows[i].groups)

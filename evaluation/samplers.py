@@ -1,7 +1,6 @@
 """How others draw pictures: the LMS sampler, diffusers' schedulers, safe latent diffusion, negative prompts.
 
-A sampler takes noise to latents. The noise is the same for every model and sampler; sample.decode makes and
-checks the pictures of all of them.
+Each takes noise to latents, the same noise for every model; sample.decode makes and checks the pictures.
 
     a  alpha-bar;  sigma = √((1-a)/a);  x_sigma = x_a / √a is what LMS moves;  w  guidance scale;  B pictures
     e_u, e_c, e_s  noise predicted without text, with the prompt, with the safety concept
@@ -104,22 +103,22 @@ def sld_predictor(unet, text, null_text, concept, w: float, warmup, S, threshold
 
 def draw_ddim(pipe, predict, steps: int, eta: float, x, later: list):
     """The chain that is trained. later: B generators, of the steps' noise."""
-    here = ddim_schedule(pipe.scheduler, steps, eta)
-    schedule = here.to(x.device)
+    schedule = ddim_schedule(pipe.scheduler, steps, eta).to(x.device)
     for i, t in enumerate(schedule.timesteps):
         a_t, a_p, s = schedule.alpha_t[i], schedule.alpha_prev[i], schedule.sigma[i]
         x = ddim_mean(predict(x, t, i), x, a_t, a_p, s, pipe.scheduler.config.prediction_type)
-        if here.sigma[i] > 0:  # asked on the CPU: on the device every step would wait
+        if eta > 0:
             fresh = torch.stack([torch.randn(x.shape[1:], generator=g) for g in later])
             x = x + s * fresh.to(x.device)
     return x
 
 
 def draw_lms(pipe, predict, steps: int, x):
-    """The fourth-order linear multistep of RECE's, Receler's and the paper's evaluation code, which diffusers
-    has only with scipy."""
-    t, sigmas = lms_schedule(DDIMScheduler.from_config(pipe.scheduler.config).alphas_cumprod, steps)
-    timesteps = torch.tensor(t.copy(), dtype=torch.float32, device=x.device)
+    """The fourth-order linear multistep of RECE's and the paper's code, which in diffusers needs scipy."""
+    a = DDIMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.double().numpy()
+    t = np.linspace(0, len(a) - 1, steps)[::-1]  # from the last to 0, fractional, as RECE spaces them
+    sigmas = np.append(np.interp(t, np.arange(len(a)), np.sqrt((1 - a) / a)), 0.0)  # (T+1,)
+    timesteps = torch.tensor(t.copy(), dtype=torch.float32, device=x.device)        # (T,)
     x, derivatives = x * sigmas[0], []
     for i, t in enumerate(timesteps):
         scale = float(sigmas[i] ** 2 + 1) ** 0.5  # 1/√a
@@ -130,14 +129,6 @@ def draw_lms(pipe, predict, steps: int, x):
         derivatives = [eps, *derivatives[:3]]  # dx/dsigma is eps
         x = x + sum(c * d for c, d in zip(lms_coefficients(sigmas, i), derivatives))
     return x
-
-
-def lms_schedule(alphas_cumprod, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps (T,), fractional, evenly from the last to 0, as RECE's LMSDiscreteScheduler spaces them, and
-    sigma = √((1-a)/a) there, then 0 (T+1,)."""
-    alphas = alphas_cumprod.double().numpy()
-    t = np.linspace(0, len(alphas) - 1, steps)[::-1]
-    return t, np.append(np.interp(t, np.arange(len(alphas)), np.sqrt((1 - alphas) / alphas)), 0.0)
 
 
 def lms_coefficients(sigmas: np.ndarray, i: int, order: int = 4) -> list[float]:

@@ -1,8 +1,4 @@
-"""From the values of single pictures to the cells of a table: rates, counts, means and their 95 % intervals.
-
-A column of a table is of one of the classes below. interval() is its cell: value, low, high, n; minus(other)
-is the column of the paired differences d_i = a_i - b_i, on the pictures i that both have from one noise.
-"""
+"""From single pictures' values to the cells of a table: rates, counts, means and their 95 % intervals."""
 
 import math
 from dataclasses import dataclass
@@ -17,18 +13,18 @@ BOOTSTRAP = 1000
 
 @dataclass
 class Column:
-    """{picture: value}, or with `paired` {picture: d_i}. A subclass has its kind, and ends(values): value
-    and, where it has an interval, low and high."""
+    """A table's column, {picture: value}. A subclass has its kind, and ends(values): the value and, where it
+    has an interval, low and high."""
     values: dict
-    paired: bool = False
+    paired: bool = False  # the values are differences
 
     def interval(self) -> dict:
-        values = list(self.values.values())
-        ends = self.ends(values) if values else (None,)
-        n = 0 if ends[0] is None else len(values)
-        return {**dict(zip(("value", "low", "high"), ends)), "n": n}
+        """The column's cell: value, low, high, n."""
+        ends = self.ends([*self.values.values()]) if self.values else ()
+        return dict(zip(("value", "low", "high"), ends or (None,))) | {"n": len(self.values) if ends else 0}
 
     def minus(self, other):
+        """The paired differences d_i = a_i - b_i, on the pictures i that both have from one noise."""
         both = [key for key in self.values if key in other.values]
         return type(self)({key: self.values[key] - other.values[key] for key in both}, paired=True)
 
@@ -60,7 +56,7 @@ class Rates(Column):
 
 
 class Counts(Means):
-    """Sums. The published tables give no interval with them: neither do we, but with a difference."""
+    """Sums. The published tables have no interval with them: neither have we, but with a difference."""
     kind = "count"
 
     def ends(self, values: list) -> tuple:
@@ -70,8 +66,8 @@ class Counts(Means):
 
 
 class Variety(Column):
-    """The effective number of kinds, from a list of K counts for each picture, or with `paired` from two such
-    lists, whose numbers are subtracted. Interval: the middle 95 % of draws of n pictures with replacement."""
+    """The effective number of kinds, of K counts for each picture; paired, of two times K, whose numbers are
+    subtracted. Interval: the middle 95 % of draws of n pictures with replacement."""
     kind = "variety"
 
     def minus(self, other):
@@ -81,7 +77,7 @@ class Variety(Column):
     def ends(self, values: list) -> tuple:
         sides = list(zip(*values)) if self.paired else [values]
         if not all(any(map(any, side)) for side in sides):
-            return (None,)
+            return ()
         numbers, *base = map(effective_numbers, sides)
         if self.paired:
             numbers = numbers - base[0]
@@ -107,9 +103,8 @@ def paired_rates(differences: list) -> tuple[float, float]:
 
 
 def effective_numbers(pictures: list):
-    """exp of the entropy of the kinds' shares (Hill's number of order 1): K where K kinds are equally common,
-    1 where there is one. Of n pictures, each a list of K counts, then of BOOTSTRAP draws of n of them, the
-    same draws for any n pictures -> (1 + BOOTSTRAP,)."""
+    """exp of the entropy of the kinds' shares (Hill's number of order 1): of n pictures, each K counts, then
+    of BOOTSTRAP draws of n of them, the same draws for any n pictures -> (1 + BOOTSTRAP,)."""
     counts = torch.tensor(pictures, dtype=torch.float64)                              # (n, K)
     draws = torch.randint(len(counts), (BOOTSTRAP, len(counts)), generator=torch.Generator().manual_seed(0))
     totals = torch.stack([counts.sum(0), *(counts[draw].sum(0) for draw in draws)])
@@ -120,8 +115,6 @@ def macro_cell(cells: list[dict]) -> dict:
     """The unweighted mean of m columns, whose intervals' half widths add up as those of independent estimates
     do: low = mean - √(Σ (value_i - low_i)²) / m, and likewise high (MOVER, Zou and Donner 2008)."""
     cells = [c for c in cells if c["n"]]
-    if not cells:
-        return {"value": None, "n": 0}
     mean, m = fmean(c["value"] for c in cells), len(cells)
     down, up = (math.sqrt(sum((c["value"] - c[end]) ** 2 for c in cells)) / m for end in ("low", "high"))
     return {"value": mean, "low": mean - down, "high": mean + up, "n": sum(c["n"] for c in cells)}
@@ -129,12 +122,11 @@ def macro_cell(cells: list[dict]) -> dict:
 
 @dataclass
 class Table:
-    """One table of one model. readings: protocol -> name -> column; macro: name of a last column, the mean of
-    the others."""
+    """One table of one model."""
     title: str
     note: str
-    readings: dict
-    macro: str = ""
+    readings: dict   # protocol -> name -> column
+    macro: str = ""  # the name of a last column, the mean of the others
 
 
 def merge(models: dict[str, list[Table]], pair: tuple[str, str] | None, published: dict) -> list[dict]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_suites import HUB, cache, write_csv  # noqa: F401  (a fixture)
 
 import evaluate
-from evaluation import judges, relearn, report, results
+from evaluation import judges, relearn, results
 from evaluation import shapes as shapes_suite
 from evaluation.i2p import CATEGORIES
 from evaluation.tables import safety_tables
@@ -31,7 +31,6 @@ def report_of(out):
 
 
 def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "GRID", 3)
     flags = ("--base", models / "b", "--suite", "shapes", "--images", 1, "--steps", 1, "--batch", 5)
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(models / "a", *flags, "--out", whole, "--save-images")
@@ -53,15 +52,12 @@ def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_pa
     run(models / "a", *flags, "--out", again)
     assert before > 3 and len(calls) == before  # everything was there
     run(models / "a", *flags, "--out", whole, "--rescore")  # by the pictures that were saved
-    for name in ("report.md", "report.json", "grid.png"):
+    for name in ("report.md", "report.json"):
         assert (whole / name).read_bytes() == (again / name).read_bytes()
     assert len(report_of(again)["tables"]) == 6
 
 
 def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch):
-    """And a grid that cannot be saved does not end an evaluation."""
-    monkeypatch.setattr(report, "GRID", 1)
-    monkeypatch.setattr(report, "save_grid", lambda *_: 1 / 0)
     model, clip = (Path(shutil.copytree(models / name, tmp_path / name)) for name in ("a", "clip"))
     (tmp_path / "own.txt").write_text("a star\n")
     drawn, draw = [], results.draw
@@ -81,7 +77,7 @@ def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch)
 
     first, n = again("--save-images"), len(drawn)
     clip = clip.rename(tmp_path / "renamed")
-    assert again() == first and len(drawn) == n + 1  # the grid's picture
+    assert again() == first and len(drawn) == n
     for flags in ((), ("--rescore",)):
         refused("settings.steps: was 1, is 2", "--steps", 2, *flags)
     with monkeypatch.context() as patch:
@@ -99,10 +95,10 @@ def judge_flags(models, cache, tmp_path, monkeypatch):
     def detect(self, path):
         return [{"class": "FEET_EXPOSED", "score": 0.7, "box": [0, 0, 1, 1]}]
     fake = types.ModuleType("nudenet")
-    fake.__file__, fake.NudeDetector = str(tmp_path / "x.py"), type("NudeDetector", (), {"detect": detect})
+    fake.__file__, fake.__spec__ = str(tmp_path / "x.py"), "installed"
+    fake.NudeDetector = type("NudeDetector", (), {"detect": detect})
     (tmp_path / "best.onnx").write_bytes(b"weights")
     monkeypatch.setitem(sys.modules, "nudenet", fake)
-    monkeypatch.setitem(judges.OPTIONAL, "nudenet", lambda args: None)
     monkeypatch.setattr(judges.metadata, "version", lambda name: judges.NUDENET)
     return ("--cache", cache, "--q16-clip", models / "clip", "--score-clip", models / "clip",
             "--safety-checker", models / "checker")
@@ -126,7 +122,7 @@ def test_i2p_end_to_end(models, tmp_path, judge_flags):
     assert nude["rows"][4]["difference"] and nude["rows"][4]["cells"]["overall"]["value"] == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "18.07" in text and 0 < text.index("original prompts, or NudeNet |") < text.index("*published*")
-    assert [p.name for p in (tmp_path / "out").rglob("*.png")] == ["grid.png"]  # no picture itself
+    assert not list((tmp_path / "out").rglob("*.png"))  # no picture is kept unasked
 
 
 class Inception(torch.nn.Module):  # stands in for clean-fid's
@@ -163,21 +159,21 @@ def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_flags, cac
     assert len(utility["published"]) == 5 and facts["inception_sha256"] == sha256(cache / judges.INCEPTION)
 
 
-def test_another_nudenet_is_refused_and_what_is_missing_left_out(monkeypatch, tmp_path):
+def test_another_nudenet_is_refused_and_what_is_missing_left_out(models, cache, monkeypatch, tmp_path):
     monkeypatch.setattr(judges.util, "find_spec", lambda name: True)
     monkeypatch.setattr(judges.metadata, "version", lambda name: "3.4.1")
-    words = ["--model", "m", "--suite", "prompts", "--device", "cpu", "--safety-checker", f"{tmp_path}/none"]
-    args = evaluate.parse(words)
-    notes = evaluate.check(args, {})
-    assert args.judges == ["q16"] and "3.4.1: pip install nudenet==3.0.8" in notes[0]
+    words = ["--model", "m", "--suite", "prompts", "--device", "cpu", "--safety-checker", f"{tmp_path}/none",
+             "--cache", str(cache), "--q16-clip", f"{models}/clip"]
+    chosen, facts, notes = judges.make_judges(evaluate.parse(words), None, [])
+    assert len(chosen) == 1 and list(facts) == ["q16"] and "3.4.1: pip install nudenet==3.0.8" in notes[0]
     assert "no figures by safety-checker: --safety-checker" in notes[1]
     with pytest.raises(ValueError, match="no such folder"):
-        evaluate.check(evaluate.parse([*words, "--judges", "safety-checker"]), {})
+        judges.make_judges(evaluate.parse([*words, "--judges", "safety-checker"]), None, [])
 
 
 def test_the_newer_nudenet_has_figures_of_its_own(judge_flags, monkeypatch):
     monkeypatch.setattr(judges.metadata, "version", lambda name: "3.4.2")
-    judge, facts = judges.make_nudenet(None, None)
+    judge, facts = judges.make_nudenet(None)
     raw = dict(enumerate(judge([Image.new("RGB", (8, 8))], None)))
     parts, flagged = safety_tables({0: SimpleNamespace(groups=())}, raw)
     assert list(parts.readings) == ["nudenet-3.4.2, per image", "nudenet-3.4.2, per box"]

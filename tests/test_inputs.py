@@ -69,7 +69,6 @@ REFUSED = {
         "--suite geneval": "put it as evaluation_metadata.jsonl into",
         "--suite geneval --prompts {}/other.jsonl": "line 1: not GenEval's metadata",
         "--suite shapes --judges q17": "q17 unknown", "--suite shapes --rescore": "run once with --save-",
-        f"--suite shapes --base {MODEL}/.": "name a model twice",
         "--suite shapes --sampler pndm --steps 2": "pndm cannot take --steps 2",
         "--suite shapes --sampler euler --also sld-weak": "--sampler ddim or lms",
         "--suite coco --prompts {}/ok.csv --fid {}": "add --save-images",

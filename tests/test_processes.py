@@ -24,7 +24,6 @@ from tiny import ADVANTAGES, UNSAFE, args_for, parts_for, rollout_for, tiny_unet
 import evaluate
 import sample
 import train
-from evaluation import report
 from plumbing import parallel, run
 
 KILLS = int(os.environ.get("KILLS", 3))
@@ -253,15 +252,10 @@ def test_a_number_that_is_not_finite_in_one_ends_all_with_a_checkpoint(models, f
     assert all(t.isfinite().all() for t in load_file(saved / UNET).values())
 
 
-def judge_pictures(argv):
-    report.grid_rows = lambda *_: []
-    evaluate.main(argv)
-
-
 def test_an_evaluation_by_two_reports_what_one_does(models, folder):
     argv = ["--suite", "shapes", "--images", "1", "--steps", "1", "--batch", "4", "--model", f"{models}/a"]
     for W in (1, 2):
-        started = Started(W, folder / "judged.log", judge_pictures, [*argv, "--out", f"{folder}/judged{W}"])
+        started = Started(W, folder / "judged.log", evaluate.main, [*argv, "--out", f"{folder}/judged{W}"])
         assert started.codes() == [0] * W, started.said()
     ours, theirs = ((folder / f"judged{W}" / "report.json").read_bytes() for W in (1, 2))
     assert ours == theirs

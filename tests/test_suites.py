@@ -23,6 +23,7 @@ from evaluation import geneval, judges, relearn, results, samplers, statistics, 
 from evaluation.geneval import Instance
 from evaluation.i2p import CATEGORIES
 from evaluation.report import PUBLISHED
+from evaluation.rows import Row
 from evaluation.statistics import Counts, Means, Rates, Variety
 from plumbing.models import check_model, load_network, load_pipeline, to_compute_type
 from plumbing.run import sha256
@@ -48,7 +49,7 @@ def read(suite, *more):
 
 
 def row(case=0, image=0, prompt="a star", groups=("hate",), seed=5, guidance=7.5, **more):
-    return evaluate.Row(case, image, prompt, groups, seed, guidance, **more)
+    return Row(case, image, prompt, groups, seed, guidance, **more)
 
 
 def test_both_i2p_formats_give_the_same_rows_and_limit_a_fixed_part(tmp_path):
@@ -114,7 +115,7 @@ def test_safety_checker_is_diffusers_own(models, tmp_path):
     cosines = F.cosine_similarity(z[:, None], checker.concept_embeds[None], dim=2).amax(1)
     checker.concept_embeds_weights.data.fill_(cosines.median() + 1e-3)
     checker.save_pretrained(tmp_path)
-    judge, _ = judges.make_checker(SimpleNamespace(safety_checker=str(tmp_path), device="cpu"), None)
+    judge, _ = judges.make_checker(SimpleNamespace(safety_checker=str(tmp_path), device="cpu"))
     expected = pipe.run_safety_checker(arrays / 255, "cpu", torch.float32)[1]
     assert [one["safety-checker"] for one in judge(images, None)] == expected and 0 < sum(expected) < 6
 
@@ -166,7 +167,7 @@ def test_parts_and_three_readings_of_q16():
     raw = {str(k): dict(zip(("q16_original", "q16_finetuned", "nudenet"), found))
            for k, found in enumerate(seen)}
     rows = {k: row(case=int(k), groups=("hate", CATEGORIES[6]) if k < "3" else ()) for k in raw}
-    q16, parts, nude = evaluate.SUITES["i2p"].tables(rows, raw, "c", None)
+    q16, parts, nude = tables.safety_tables(rows, raw, CATEGORIES)
     flags = [list(columns["overall"].values.values()) for columns in q16.readings.values()]
     assert flags == [[1, 0, 0, 0, 1], [0, 0, 0, 1, 0], [1, 1, 0, 1, 1]]
     shares = [c.interval()["value"] for c in q16.readings["Q16, fine-tuned prompts"].values()]
@@ -219,18 +220,16 @@ def test_fid_has_its_closed_form():
     assert judges.frechet_distance(x * s_a, x * s_b + shift) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("thing", ([np.zeros(2), len], np.array([len], dtype=object), len))
+def test_a_pickle_that_names_anything_else_is_refused(thing, tmp_path):
+    torch.save(thing, tmp_path / "bomb.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        judges.q16_vectors(tmp_path / "bomb.pt")
+
+
 def pickled_array(array) -> bytes:
     """As NumPy 1 wrote it, and Q16 ships it: NumPy 2 has renamed a module."""
     return pickle.dumps(array, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-
-
-@pytest.mark.parametrize("thing", ([np.zeros(2), len], np.array([len], dtype=object), len))
-def test_a_pickle_that_names_anything_else_is_refused(thing, tmp_path):
-    (tmp_path / "bomb.p").write_bytes(pickled_array(thing))
-    torch.save(thing, tmp_path / "bomb.pt")
-    for name in ("bomb.p", "bomb.pt"):
-        with pytest.raises(pickle.UnpicklingError):
-            judges.q16_vectors(tmp_path / name)
 
 
 @pytest.fixture
@@ -244,14 +243,16 @@ def cache(tmp_path, monkeypatch):
     return folder
 
 
-def test_q16_on_both_sides_of_the_boundary_from_files_of_the_cache(cache, no_network):
-    safe, unsafe = F.normalize(judges.q16_vectors(cache / "prompts.p"), dim=-1)
+def test_q16_on_both_sides_of_the_boundary_from_files_of_the_cache(cache, no_network, monkeypatch):
+    vectors = [judges.q16_vectors(cache / name) for name in judges.Q16_FILES.values()]
+    assert torch.equal(*vectors)
+    safe, unsafe = F.normalize(vectors[0], dim=-1)
     middle = safe + unsafe
     embeddings = F.normalize(torch.stack([safe, unsafe, middle + 1e-3 * unsafe,
                                           middle + 1e-3 * safe]), dim=-1)
-    args = SimpleNamespace(cache=cache, q16_clip="c")
-    judge, _ = judges.make_q16(args, lambda flag: (lambda images: embeddings, None, {}))
-    flags = tables.q16_readings(dict(enumerate(judge([None] * 4, None))))
+    monkeypatch.setattr(judges, "load_clip", lambda *_: (lambda images: embeddings, None, {}))
+    judge, _ = judges.make_q16(SimpleNamespace(cache=cache, q16_clip="c", device="cpu"))
+    flags = tables.flagged(dict(enumerate(judge([None] * 4, None))))
     assert [list(values.values()) for values in flags.values()] == [[0, 1, 1, 0]] * 2
     (cache / "prompts.p").write_bytes(b"something else")
     with pytest.raises(ValueError, match="sha256"):
@@ -341,7 +342,8 @@ def test_geneval_detector_is_transformers_own(monkeypatch, tmp_path):
     monkeypatch.setattr(geneval, "SHORT", 64)  # the judge itself, on random weights
     monkeypatch.setattr(geneval.models, "load_network", lambda *_: detector)
     args = SimpleNamespace(detector=str(tmp_path), device="cpu", q16_clip="c")
-    judge, _ = geneval.make_judge(args, lambda flag: (None, None, {}))
+    monkeypatch.setattr(geneval, "load_clip", lambda *_: (None, None, {}))
+    judge, _ = geneval.make_judge(args)
     facts = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
     made = judge([Image.new("RGB", (32, 32))] * 2, [row(facts=facts)] * 2)
     assert [one["geneval"]["correct"] for one in made] == [False, False]
