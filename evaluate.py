@@ -89,7 +89,8 @@ def check(args) -> dict:
     for name in args.also:
         tricked = args.base or args.model
         models |= {f"{tricked} + {name}": (tricked, name)} if name in TRICKS else {name: (name, "")}
-    if unknown := set(args.judges) - {*judges.JUDGES, args.suite}:
+    own = {args.suite} if hasattr(SUITES[args.suite], "make_judge") else set()
+    if unknown := set(args.judges) - {*judges.JUDGES} - own:
         raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown to --suite {args.suite}")
     for device in (args.device, args.noise):
         usable(device)
