@@ -26,9 +26,8 @@ from views import save_figure
 
 ROOT = Path(__file__).parent.parent
 PLAN = tomllib.loads((ROOT / "shapes" / "study.toml").read_text(encoding="utf-8"))
-VARIANTS, BASES, WORLDS, MEASURES = (PLAN[name] for name in ("variants", "bases", "worlds", "measures"))
+VARIANTS, WORLDS, HIDDEN, MEASURES = (PLAN[name] for name in ("variants", "worlds", "hidden", "measures"))
 SHORT = {name: short for name, (*_, short) in MEASURES.items() if short}
-HIDDEN, ALL = PLAN["hidden"], [*BASES, *VARIANTS]
 CELLS = [[sampler, guidance] for sampler in PLAN["samplers"] for guidance in PLAN["guidances"]]
 WINDOW = 5  # rollouts of a curve's running mean; one has 16 unsafe and 48 benign pictures
 
@@ -37,16 +36,13 @@ WINDOW = 5  # rollouts of a curve's running mean; one has 16 unsafe and 48 benig
 
 def reports(variants, seeds=None) -> list[tuple]:
     """(variant, seed, cell) of each report. A cell is None for the training's own sampler; the first
-    PLAN["cell_seeds"] seeds have others: a sampler and its guidance, or what PLAN["hidden"] names. A base has
-    one seed, 0."""
+    PLAN["cell_seeds"] seeds have others: a sampler and its guidance, or what PLAN["hidden"] names."""
     found = []
     for variant in variants:
-        own = [0] if variant in BASES else VARIANTS[variant]["seeds"]
-        for seed in own if seeds is None else [seed for seed in own if seed in seeds]:
-            more = [*CELLS * (variant in PLAN["sampled"]),
-                    *(cell for cell in HIDDEN if variant in PLAN["attacked"][cell])]
-            found += [(variant, seed, cell)
-                      for cell in (None, *(more if own.index(seed) < PLAN["cell_seeds"] else []))]
+        more = [*CELLS * (variant in PLAN["sampled"]), *(c for c in HIDDEN if variant in PLAN["attacked"][c])]
+        for n, seed in enumerate(VARIANTS[variant]["seeds"]):
+            cells = [None, *more] if n < PLAN["cell_seeds"] else [None]
+            found += [(variant, seed, cell) for cell in cells if seeds is None or seed in seeds]
     return found
 
 
@@ -59,15 +55,16 @@ def file_of(out: Path, variant: str, seed: int, cell) -> Path:
 
 def measure(out: Path, variant: str, seed: int, cell):
     """Make one report. The first one of a seed trains the run, or goes on with it."""
-    folder, report = out / variant / f"seed-{seed}", file_of(out, variant, seed, cell).parent
-    run, model = folder / "run", BASES.get(variant, folder / "run" / "final")
-    if variant not in BASES and not (run / "final").is_dir():
-        flags, count = VARIANTS[variant]["flags"].split(), VARIANTS[variant]["rollouts"]
+    report, plan = file_of(out, variant, seed, cell).parent, VARIANTS[variant]
+    folder, run = report.parent, report.parent / "run"
+    model = plan.get("model", run / "final")
+    if plan["rollouts"] and not model.is_dir():
         resume = ["--resume"] if (run / "flags.json").is_file() else []
-        start(folder, "shapes.train", *flags, "--seed", seed, "--epochs", count, "--out", run, *resume)
+        start(folder, "shapes.train", *plan["flags"].split(), "--seed", seed, "--epochs", plan["rollouts"],
+              "--out", run, *resume)
     program = ["evaluate", "--suite", "shapes", "--images", PLAN["cell_images" if cell else "images"]]
     if isinstance(cell, str):
-        program = [*HIDDEN[cell].split(), "--base", BASES["base"]]
+        program = [*HIDDEN[cell].split(), "--base", VARIANTS["base"]["model"]]
     elif cell:
         sampler, guidance = cell
         program += ["--guidance", guidance, *PLAN["samplers"][sampler].split()]
@@ -89,12 +86,12 @@ def start(folder: Path, module: str, *words):
 
 def entry_of(out: Path, variant: str, seed: int, cell) -> dict:
     """A report as a line of study.json."""
-    report = json.loads(file_of(out, variant, seed, cell).read_text(encoding="utf-8"))
-    plan = VARIANTS.get(variant, {"flags": "", "rollouts": 0})
+    plan, file = VARIANTS[variant], file_of(out, variant, seed, cell)
+    report = json.loads(file.read_text(encoding="utf-8"))
     entry = dict(variant=variant, seed=seed, cell=cell, flags=plan["flags"], rollouts=plan["rollouts"],
                  commit=report.get("provenance", report)["commit"], figures=figures_of(report))
-    if cell is None and variant not in BASES:
-        run = out / variant / f"seed-{seed}" / "run"
+    if cell is None and plan["rollouts"]:
+        run = file.parent.parent / "run"
         lines = read_lines(run / "metrics.jsonl")
         for path in run.glob("pictures-*.json"):  # of the grids: prompt -> share of base and policy
             shown_then = json.loads(path.read_text(encoding="utf-8"))
@@ -121,7 +118,7 @@ def figures_of(report: dict) -> dict:
 def collect(out: Path, file: Path) -> list[dict]:
     """study.json with the reports that lie in `out`, which replace older ones, one entry a line. What
     study.toml has no more is dropped."""
-    known, planned = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else [], reports(ALL)
+    known, planned = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else [], reports(VARIANTS)
     known = [e for e in known if (e["variant"], e["seed"], e["cell"]) in planned]
     made = [entry_of(out, *key) for key in planned if file_of(out, *key).is_file()]
     newest = {(e["variant"], e["seed"], str(e["cell"])): e for e in known + made}
@@ -138,7 +135,7 @@ def shown(entries: list, name: str, variant: str, cell=None) -> str:
     if not found:
         return "-"
     style = ".2f" if "variety" in name else ".1f"
-    if variant in BASES:
+    if not VARIANTS[variant]["rollouts"]:
         value, low, high = found[0]
         return f"{value:{style}} [{low:{style}}, {high:{style}}]"
     return mean_and_range([value for value, _, _ in found], style)
@@ -225,14 +222,13 @@ def draw_curves(figure, entries: list):
                            color=color, alpha=0.6, label=label if entry["seed"] == first else None)
         panel.set(title=title, xlabel="% of the run", ylim=limits)
         panel.grid(alpha=0.3)
-    if panels[0].lines:
-        panels[0].legend(loc="upper right")
+    panels[0].legend(loc="upper right")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--variants", nargs="+", choices=ALL, metavar="NAME", default=ALL, help=f"of {', '.join(ALL)}")
+    add("--variants", nargs="+", choices=VARIANTS, metavar="NAME", default=VARIANTS, help=", ".join(VARIANTS))
     add("--seeds", nargs="+", type=int, help="of those that study.toml gives a variant; default: all")
     add("--out", type=Path, default=ROOT / "runs" / "study")
     add("--docs", type=Path, default=ROOT / "docs", help="where study.json and the figures go")
@@ -253,10 +249,8 @@ def main(argv=None):
     for file in (args.docs / "shapes.md", args.docs.parent / "README.md"):
         write_tables(entries, file)
     save_figure(args.docs / "curves.png", lambda figure: draw_curves(figure, entries), (16, 3.4), dpi=110)
-    default = VARIANTS["default"]
-    run = args.out / "default" / f"seed-{default['seeds'][0]}" / "run"
-    grid = run / f"pictures-{default['rollouts']:06d}.png"
-    if grid.is_file():
+    run = args.out / "default" / f"seed-{VARIANTS['default']['seeds'][0]}" / "run"
+    for grid in sorted(run.glob("pictures-*.png"))[-1:]:  # the last one
         shutil.copy(grid, args.docs / "grid.png")
 
 
