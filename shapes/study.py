@@ -1,7 +1,6 @@
 """Every table and figure of docs/shapes.md from one command, which goes on where it was stopped.
 
     python -m shapes.study                                     # all that is missing, then tables and figures
-    python -m shapes.study --list                              # the reports that are missing
     python -m shapes.study --variants default paper --seeds 0  # some of it
     python -m shapes.study --tables                            # tables and figures from docs/study.json alone
 
@@ -232,14 +231,10 @@ def main(argv=None):
     add("--seeds", nargs="+", type=int, help="of those that study.toml gives a variant; default: all")
     add("--out", type=Path, default=ROOT / "runs" / "study")
     add("--docs", type=Path, default=ROOT / "docs", help="where study.json and the figures go")
-    add("--list", action="store_true", help="only say what is missing")
     add("--tables", action="store_true", help="only write tables and figures")
     args = parser.parse_args(argv)
     missing = [key for key in reports(args.variants, args.seeds) if not file_of(args.out, *key).is_file()]
-    if args.list:
-        print(*(file_of(args.out, *key) for key in missing), f"{len(missing)} reports are missing", sep="\n")
-        return
-    print(log.heading(args.out))
+    print(log.heading(args.out), f"{len(missing)} reports are missing", sep="\n")
     for variant, *rest in [] if args.tables else missing:
         folder, seed = WORLDS.get(variant, ("shapes/weights", 0))
         if not (ROOT / folder / "model_index.json").is_file():
