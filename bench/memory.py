@@ -34,27 +34,21 @@ class Alive(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
+        self.sizes, self.peak = {}, 0
+
+    @property
+    def now(self) -> int:
+        return sum(self.sizes.values())
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
+                storage = tensor.untyped_storage()
+                self.sizes[storage._cdata] = -(-storage.nbytes() // 512) * 512  # as CUDA's allocator rounds up
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.peak = max(self.peak, self.now)
         return out
-
-    def add(self, storage):
-        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512  # CUDA's allocator rounds up to 512 B
-        if key not in self.known:
-            self.known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.remove, key, size)
-
-    def remove(self, key, size):
-        self.known.remove(key)
-        self.now -= size
 
 
 def as_on_a_gpu():
