@@ -19,16 +19,18 @@ import tomllib
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from plumbing import log, stop
 from plumbing.run import read_lines, write_text
 from views import save_figure
+from views.curves import running_mean
 
 ROOT = Path(__file__).parent.parent
 PLAN = tomllib.loads((ROOT / "shapes" / "study.toml").read_text(encoding="utf-8"))
 VARIANTS, WORLDS, HIDDEN, MEASURES = (PLAN[name] for name in ("variants", "worlds", "hidden", "measures"))
 SHORT = {name: short for name, (*_, short) in MEASURES.items() if short}
 CELLS = [[sampler, guidance] for sampler in PLAN["samplers"] for guidance in PLAN["guidances"]]
-WINDOW = 5  # rollouts of a curve's running mean; one has 16 unsafe and 48 benign pictures
 
 
 # -------------------------------------------------------------------------------- training and measuring
@@ -199,13 +201,6 @@ def write_tables(entries: list, file: Path):
     write_text(file, text)
 
 
-def smooth(values: list) -> dict:
-    """Running mean over WINDOW rollouts of those that have a value: {rollouts: mean}."""
-    ends = range(WINDOW, len(values) + 1)
-    windows = {end: [value for value in values[end - WINDOW:end] if value is not None] for end in ends}
-    return {end: sum(window) / len(window) for end, window in windows.items() if window}
-
-
 def draw_curves(figure, entries: list):
     """The default and the released code's choices over a run of equal work, a panel for each figure."""
     lines = {"default": ("tab:blue", "the default"), "paper": ("tab:orange", "the released code's choices")}
@@ -215,9 +210,9 @@ def draw_curves(figure, entries: list):
         for entry in entries:
             if entry["variant"] in lines and "curves" in entry:
                 color, label = lines[entry["variant"]]
-                means, first = smooth(entry["curves"][name]), VARIANTS[entry["variant"]]["seeds"][0]
-                panel.plot([100 * end / entry["rollouts"] for end in means],
-                           [scale * mean for mean in means.values()],
+                first = VARIANTS[entry["variant"]]["seeds"][0]
+                values = np.array(entry["curves"][name], float)  # None becomes NaN
+                panel.plot(np.linspace(0, 100, len(values) + 1)[1:], scale * running_mean(values),
                            color=color, alpha=0.6, label=label if entry["seed"] == first else None)
         panel.set(title=title, xlabel="% of the run", ylim=limits)
         panel.grid(alpha=0.3)

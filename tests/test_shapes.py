@@ -251,7 +251,3 @@ def test_cells_of_samplers_are_reports_of_their_own():
     assert len({study.file_of(HERE, *key) for key in found}) == len(found) == 9 + 3 * 12 + 7
     for words in study.PLAN["samplers"].values():
         evaluate.parse(["--model", "m", "--suite", "shapes", *words.split()])
-
-
-def test_a_curve_is_a_running_mean_of_what_has_a_value():
-    assert study.smooth([1, None, 3, None, 5, 9]) == {5: 3, 6: 17 / 3} and study.smooth([None] * 5) == {}
