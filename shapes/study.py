@@ -192,15 +192,6 @@ def tables(entries: list) -> dict[str, str]:
     return {name: text for name, text in made.items() if "| - |" not in text}
 
 
-def write_tables(entries: list, file: Path):
-    """Put each table between its markers."""
-    text, made = file.read_text(encoding="utf-8"), tables(entries)
-    for name, content in made.items():
-        text = re.sub(rf"(<!-- study: {name} -->\n).*?(<!-- end -->)",
-                      lambda found: found[1] + content + found[2], text, flags=re.DOTALL)
-    write_text(file, text)
-
-
 def draw_curves(figure, entries: list):
     """The default and the released code's choices over a run of equal work, a panel for each figure."""
     lines = {"default": ("tab:blue", "the default"), "paper": ("tab:orange", "the released code's choices")}
@@ -237,7 +228,11 @@ def main(argv=None):
         measure(args.out, variant, *rest)
     entries = collect(args.out, args.docs / "study.json")
     for file in (args.docs / "shapes.md", args.docs.parent / "README.md"):
-        write_tables(entries, file)
+        text = file.read_text(encoding="utf-8")
+        for name, content in tables(entries).items():
+            text = re.sub(rf"(<!-- study: {name} -->\n).*?(<!-- end -->)",
+                          lambda found: found[1] + content + found[2], text, flags=re.DOTALL)
+        write_text(file, text)
     save_figure(args.docs / "curves.png", lambda figure: draw_curves(figure, entries), (16, 3.4), dpi=110)
     run = args.out / "default" / f"seed-{VARIANTS['default']['seeds'][0]}" / "run"
     for grid in sorted(run.glob("pictures-*.png"))[-1:]:  # the last one
