@@ -11,6 +11,7 @@ with nothing in between: no text, no schedule, no log-probability, no loss, no o
 import argparse
 import json
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -37,13 +38,12 @@ def networks(parts) -> dict:
 def recorded(parts, calls: list):
     """While it is open, append every network call to `calls`: (network, its arguments by place and by name,
     of tensors the shape and type alone, gradient)."""
-    def watch(name, network):
-        def note(_, *given):
-            shapes = tree_map_only(torch.Tensor, lambda x: torch.empty_like(x, device="meta"), given)
-            calls.append((name, shapes, name == "unet" and torch.is_grad_enabled()))
-        return network.register_forward_pre_hook(note, with_kwargs=True)
+    def note(name, _, *given):
+        shapes = tree_map_only(torch.Tensor, lambda x: torch.empty_like(x, device="meta"), given)
+        calls.append((name, shapes, name == "unet" and torch.is_grad_enabled()))
 
-    hooks = [watch(name, network) for name, network in networks(parts).items()]
+    hooks = [network.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+             for name, network in networks(parts).items()]
     yield
     for hook in hooks:
         hook.remove()
@@ -52,11 +52,8 @@ def recorded(parts, calls: list):
 def replay(parts, call: tuple):
     """One recorded call on random numbers. On zeros a GPU draws less power and is faster."""
     name, shapes, with_grad = call
-
-    def filled(x):
-        fill = torch.randn_like if x.is_floating_point() else torch.ones_like
-        return fill(x, device=parts.device)
-    given, named = tree_map_only(torch.Tensor, filled, shapes)
+    fill = lambda x: (torch.randn_like if x.is_floating_point() else torch.ones_like)(x, device=parts.device)
+    given, named = tree_map_only(torch.Tensor, fill, shapes)
     with torch.set_grad_enabled(with_grad):
         out = networks(parts)[name](*given, **named)
         if with_grad:
