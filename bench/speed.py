@@ -89,12 +89,10 @@ def measure(args, parts, repeats: int) -> dict:
     calls = {name: [] for name in PHASES}
     train.one_epoch(parts, args, 0, lambda name: recorded(parts, calls[name]))
     floor(parts, calls, lambda name: nullcontext())
-    ours, bare = [], []
-    for repeat in range(repeats):
-        ours.append(log.Clock(parts.device))
-        figures, _ = train.one_epoch(parts, args, 1 + repeat, ours[-1])
-        bare.append(log.Clock(parts.device))
-        floor(parts, calls, bare[-1])
+    ours, bare = ([log.Clock(parts.device) for _ in range(repeats)] for _ in range(2))
+    for epoch, (clock, other) in enumerate(zip(ours, bare), 1):
+        figures, _ = train.one_epoch(parts, args, epoch, clock)
+        floor(parts, calls, other)
 
     def measured(names):
         return {"seconds": [sum(clock.seconds[name] for name in names) for clock in ours],
