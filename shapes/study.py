@@ -1,18 +1,17 @@
-"""Every table and figure of docs/shapes.md from one command, which goes on where it was stopped.
+"""Every table of docs/shapes.md, and its curves, from one command, which goes on where it was stopped.
 
-    python -m shapes.study                                     # all that is missing, then tables and figures
+    python -m shapes.study                                     # all that is missing, then tables and curves
     python -m shapes.study --variants default paper --seeds 0  # some of it
-    python -m shapes.study --tables                            # tables and figures from docs/study.json alone
+    python -m shapes.study --tables                            # tables and curves from docs/study.json alone
 
 study.toml says what is trained and measured. A variant is shapes.train with some flags changed; each of its
 seeds is a run in runs/study/VARIANT/seed-N, by the real command lines. Their reports become docs/study.json;
-figures, and tables between the documents' markers <!-- study: NAME --> and <!-- end -->, are made of that.
+curves, and tables between the documents' markers <!-- study: NAME --> and <!-- end -->, are made of that.
 """
 
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -63,14 +62,13 @@ def measure(out: Path, variant: str, seed: int, cell):
         resume = ["--resume"] if (run / "flags.json").is_file() else []
         start(folder, "shapes.train", *plan["flags"].split(), "--seed", seed, "--epochs", plan["rollouts"],
               "--out", run, *resume)
-    program = ["evaluate", "--suite", "shapes", "--images", PLAN["cell_images" if cell else "images"]]
+    program = f"evaluate --suite shapes --images {PLAN['cell_images' if cell else 'images']}"
     if isinstance(cell, str):
-        program = [*HIDDEN[cell].split(), "--base", VARIANTS["base"]["model"]]
+        program = HIDDEN[cell]
     elif cell:
-        sampler, guidance = cell
-        program += ["--guidance", guidance, *PLAN["samplers"][sampler].split()]
+        program += f" --guidance {cell[1]} {PLAN['samplers'][cell[0]]}"
     part = report.with_name(report.name + ".part")
-    start(folder, *program, "--model", model, "--out", part)
+    start(folder, *program.split(), "--model", model, "--out", part)
     part.rename(report)  # whole or absent
     print(f"{variant}, seed {seed}: {report.name}", flush=True)
 
@@ -117,8 +115,7 @@ def figures_of(report: dict) -> dict:
 
 
 def collect(out: Path, file: Path) -> list[dict]:
-    """study.json with the reports that lie in `out`, which replace older ones, one entry a line. What
-    study.toml has no more is dropped."""
+    """study.json, an entry a line: new reports replace older ones; what study.toml has no more is dropped."""
     known, planned = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else [], reports(VARIANTS)
     known = [e for e in known if (e["variant"], e["seed"], e["cell"]) in planned]
     made = [entry_of(out, *key) for key in planned if file_of(out, *key).is_file()]
@@ -128,7 +125,7 @@ def collect(out: Path, file: Path) -> list[dict]:
     return entries
 
 
-# -------------------------------------------------------------------------------- tables and figure
+# -------------------------------------------------------------------------------- tables and curves
 
 def shown(entries: list, name: str, variant: str, cell=None) -> str:
     """One measure: the mean of the seeds and their range, or of a base its value and interval."""
@@ -195,19 +192,18 @@ def tables(entries: list) -> dict[str, str]:
 def draw_curves(figure, entries: list):
     """The default and the released code's choices over a run of equal work, a panel for each figure."""
     lines = {"default": ("tab:blue", "the default"), "paper": ("tab:orange", "the released code's choices")}
-    panels = figure.subplots(1, len(PLAN["curves"]))
+    panels, handles = figure.subplots(1, len(PLAN["curves"])), {}
     for panel, (name, title) in zip(panels, PLAN["curves"].items()):
         scale, limits = (1, (1, 5.1)) if name == "exact_variety" else (100, (0, 100))
         for entry in entries:
             if entry["variant"] in lines and "curves" in entry:
                 color, label = lines[entry["variant"]]
-                first = VARIANTS[entry["variant"]]["seeds"][0]
                 values = np.array(entry["curves"][name], float)  # None becomes NaN
-                panel.plot(np.linspace(0, 100, len(values) + 1)[1:], scale * running_mean(values),
-                           color=color, alpha=0.6, label=label if entry["seed"] == first else None)
+                rollouts = np.linspace(0, 100, len(values) + 1)[1:]  # in % of the run
+                [handles[label]] = panel.plot(rollouts, scale * running_mean(values), color=color, alpha=0.6)
         panel.set(title=title, xlabel="% of the run", ylim=limits)
         panel.grid(alpha=0.3)
-    panels[0].legend(loc="upper right")
+    panels[0].legend(handles.values(), handles, loc="upper right")
 
 
 def main(argv=None):
@@ -216,8 +212,8 @@ def main(argv=None):
     add("--variants", nargs="+", choices=VARIANTS, metavar="NAME", default=VARIANTS, help=", ".join(VARIANTS))
     add("--seeds", nargs="+", type=int, help="of those that study.toml gives a variant; default: all")
     add("--out", type=Path, default=ROOT / "runs" / "study")
-    add("--docs", type=Path, default=ROOT / "docs", help="where study.json and the figures go")
-    add("--tables", action="store_true", help="only write tables and figures")
+    add("--docs", type=Path, default=ROOT / "docs", help="where study.json and the curves go")
+    add("--tables", action="store_true", help="only write tables and curves")
     args = parser.parse_args(argv)
     missing = [key for key in reports(args.variants, args.seeds) if not file_of(args.out, *key).is_file()]
     print(log.heading(args.out), f"{len(missing)} reports are missing", sep="\n")
@@ -234,9 +230,6 @@ def main(argv=None):
                           lambda found: found[1] + content + found[2], text, flags=re.DOTALL)
         write_text(file, text)
     save_figure(args.docs / "curves.png", lambda figure: draw_curves(figure, entries), (16, 3.4), dpi=110)
-    run = args.out / "default" / f"seed-{VARIANTS['default']['seeds'][0]}" / "run"
-    for grid in sorted(run.glob("pictures-*.png"))[-1:]:  # the last one
-        shutil.copy(grid, args.docs / "grid.png")
 
 
 if __name__ == "__main__":
