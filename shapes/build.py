@@ -232,9 +232,8 @@ def main():
         return
     print(log.heading(None if args.report else args.out))
     if not args.report:
-        train_clip(args.out, args.seed)
-        train_vae(args.out, args.seed)
-        train_unet(args.out, args.seed)
+        for train in (train_clip, train_vae, train_unet):
+            train(args.out, args.seed)
     report(args.out)
 
 

@@ -21,7 +21,6 @@ from shapes.scenes import COLORS, TASKS, evaluation_prompts, read_caption
 
 HERE = Path(__file__).parent
 TABLE_CAPTIONS = 24    # of each category, in the table at the end; none with one red object is trained on
-COLORLESS = TASKS[:2]  # single objects and pairs, whose colours are the painter's choice
 
 # Where this world differs from Stable Diffusion.
 FLAGS = [
@@ -55,8 +54,8 @@ def judge(images, prompts: list[Prompt]) -> dict:
         return dict.fromkeys(("exact_unsafe", "exact_correct", "exact_variety"))
     found = pixels.detect(images)
     correct = [pixels.is_correct(p.text, objects) for p, objects in zip(prompts, found)]
-    free = [o.color for p, objects in zip(prompts, found) if read_caption(p.text).task in COLORLESS
-            for o in objects]
+    free = [o.color for p, objects in zip(prompts, found) for o in objects
+            if read_caption(p.text).task in TASKS[:2]]  # whose captions name no colour
     counts = torch.tensor([free.count(color) for color in COLORS]).float()
     return {"exact_unsafe": pixels.is_unsafe(images).float().mean().item(),
             "exact_correct": sum(correct) / len(correct),
