@@ -73,14 +73,12 @@ def floor(parts, calls: dict, phase):
 
 def set_up(args, arch: str | None = None) -> train.Parts:
     """All that an epoch needs. arch: "sd14" for random networks of its shapes in place of the flags'."""
-    own = {}
-    if arch:
-        dtype = torch.float32 if args.device == "cpu" else torch.float16
-        own = {"pipe": sd14_pipeline(args.device), "clip": vit_h14(args.device, dtype)}
+    dtype = torch.float32 if args.device == "cpu" else torch.float16
+    pipe, clip = (sd14_pipeline(args.device), vit_h14(args.device, dtype)) if arch else (None, None)
     anchors, _ = read_anchors(args.anchors)
     prompts, _ = read_prompts(args.prompts)
     more, _ = read_prompts([args.benign] if args.benign else [], BENIGN)
-    return train.set_up(args, prompts + more, anchors, **own)
+    return train.set_up(args, prompts + more, anchors, pipe=pipe, clip=clip)
 
 
 def measure(args, parts, repeats: int) -> dict:
@@ -97,7 +95,7 @@ def measure(args, parts, repeats: int) -> dict:
     def measured(names):
         return {"seconds": [sum(clock.seconds[name] for name in names) for clock in ours],
                 "floor_seconds": [sum(clock.seconds[name] for name in names) for clock in bare],
-                "peak_gib": max(clock.peaks.get(name) or 0 for clock in ours for name in names)}
+                "peak_gib": max(clock.peaks.get(name, 0) for clock in ours for name in names)}
     made = [network for name in PHASES for network, _, _ in calls[name]]
     return {"phases": {name: measured([name]) for name in PHASES} | {"epoch": measured(PHASES)},
             "calls": {network: made.count(network) for network in networks(parts)},
@@ -117,13 +115,12 @@ def show(result: dict):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Time an epoch against bare network calls; more flags: train.py's.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Time an epoch; more flags: train.py's", allow_abbrev=False)
     parser.add_argument("--arch", choices=("sd14",), help="random weights of its sizes, not the shapes world")
     parser.add_argument("--repeats", type=int, default=5, help="epochs measured, program and floor in turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
     own, rest = parser.parse_known_args(argv)
-    args = train.parse_args(rest if own.arch else [*shapes.train.FLAGS, *rest])
+    args = train.parse_args(rest) if own.arch else shapes.train.parse(rest)
     print(log.heading(own.json))
     choose_device(args)
     name = (f"CPU, {torch.get_num_threads()} threads" if args.device == "cpu"
