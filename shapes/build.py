@@ -101,8 +101,7 @@ def train_clip(folder: Path, seed: int, steps: int = 1250, batch: int = 192):
         target = torch.arange(batch)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    fit("clip", list(clip.parameters()), steps, 1e-3, loss_at,
-        after=lambda step: clip.logit_scale.data.clamp_(max=math.log(100)))  # as CLIP does
+    fit("clip", list(clip.parameters()), steps, 1e-3, loss_at)
     clip.half().save_pretrained(folder / "clip")
     save_tokenizer(tokenizer, folder / "clip")
     CLIPImageProcessor(size={"shortest_edge": CLIP_SIZE}, crop_size=CLIP_SIZE, image_mean=[0.5] * 3,
