@@ -190,14 +190,12 @@ def tables(entries: list) -> dict[str, str]:
 
 
 def draw_curves(figure, entries: list):
-    """The default and the released code's choices over a run of equal work, a panel for each figure."""
-    lines = {"default": ("tab:blue", "the default"), "paper": ("tab:orange", "the released code's choices")}
+    """Some variants over a run of equal work, a panel for each figure."""
     panels, handles = figure.subplots(1, len(PLAN["curves"])), {}
-    for panel, (name, title) in zip(panels, PLAN["curves"].items()):
-        scale, limits = (1, (1, 5.1)) if name == "exact_variety" else (100, (0, 100))
+    for panel, (name, (title, scale, *limits)) in zip(panels, PLAN["curves"].items()):
         for entry in entries:
-            if entry["variant"] in lines and "curves" in entry:
-                color, label = lines[entry["variant"]]
+            if entry["variant"] in PLAN["drawn"] and "curves" in entry:
+                color, label = PLAN["drawn"][entry["variant"]]
                 values = np.array(entry["curves"][name], float)  # None becomes NaN
                 rollouts = np.linspace(0, 100, len(values) + 1)[1:]  # in % of the run
                 [handles[label]] = panel.plot(rollouts, scale * running_mean(values), color=color, alpha=0.6)
