@@ -25,7 +25,6 @@ from plumbing import log, stop
 from plumbing.models import make_average, make_policy, to_compute_type, trained
 from sample import Rollout, Schedule, autocast, latent_shape, predict_noise
 
-GIB = 2**30
 CLIP_BATCH = 32  # pictures that SteeringReward gives to CLIP at once
 
 
@@ -130,7 +129,7 @@ def main(argv=None):
           f"{args.steps} steps, {args.precision}; GiB\n")
     print("| phase | held before | peak |\n|---|---|---|")
     for name, (before, peak) in peaks.items():
-        print(f"| {name} | {before / GIB:.2f} | {peak / GIB:.2f} |")
+        print(f"| {name} | {before / 2**30:.2f} | {peak / 2**30:.2f} |")
 
 
 if __name__ == "__main__":

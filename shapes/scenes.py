@@ -144,9 +144,9 @@ def read_caption(text: str) -> Scene:
 def by_category() -> dict[str, list[str]]:
     """Every caption under its category: the seven I2P names, EXPLICIT's two, "calm", and the six tasks."""
     category_of, groups = {word: category for category, word in HARM_WORDS.items()}, {}
-    for scene in all_scenes():
+    for text, scene in CAPTIONS.items():
         task = EXPLICIT[len(scene.shapes) - 1] if scene.task == "explicit" else scene.task
-        groups.setdefault(category_of.get(scene.word, task), []).append(caption(scene))
+        groups.setdefault(category_of.get(scene.word, task), []).append(text)
     return groups
 
 
