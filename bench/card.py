@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,16 +76,16 @@ def main(argv=None):
     own = parser.parse_args(argv)
     if not (own.small or torch.cuda.is_available()):
         raise ValueError("no GPU found; --small tries the steps on a CPU")
-    steps = {f"epoch, {name}": partial(an_epoch, own, words) for name, words in VARIANTS.items()}
-    steps |= {"run, resumed": partial(a_run, own), "drawing, float32": partial(drawn, own, "float32"),
-              "drawing, bfloat16": partial(drawn, own, "bfloat16"), "shapes world": partial(shapes_run, own)}
+    steps = {f"epoch, {name}": (an_epoch, words) for name, words in VARIANTS.items()}
+    steps |= {"run, resumed": (a_run,), "drawing, float32": (drawn, "float32"),
+              "drawing, bfloat16": (drawn, "bfloat16"), "shapes world": (shapes_run,)}
     report = {"commit": log.commit(), "torch": torch.__version__, "steps": {},
               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
     own.out.mkdir(parents=True, exist_ok=True)
-    for name, step in steps.items():
+    for name, (step, *given) in steps.items():
         begun = time.monotonic()
         try:
-            told = step()
+            told = step(own, *given)
         except (Exception, SystemExit) as error:  # whatever it is, the other steps still tell something
             told = {"error": f"{type(error).__name__}: {error}"[:1000]}
         report["steps"][name] = told | {"seconds": time.monotonic() - begun}

@@ -25,7 +25,6 @@ from plumbing import log, stop
 from plumbing.models import make_average, make_policy, to_compute_type, trained
 from sample import Rollout, Schedule, autocast, latent_shape, predict_noise
 
-GIB = 2**30
 CLIP_BATCH = 32  # pictures that SteeringReward gives to CLIP at once
 
 
@@ -34,27 +33,21 @@ class Alive(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
+        self.sizes, self.peak = {}, 0
+
+    @property
+    def now(self) -> int:
+        return sum(self.sizes.values())
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
+                storage = tensor.untyped_storage()
+                self.sizes[storage._cdata] = -(-storage.nbytes() // 512) * 512  # CUDA's allocator rounds up
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.peak = max(self.peak, self.now)
         return out
-
-    def add(self, storage):
-        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512  # CUDA's allocator rounds up to 512 B
-        if key not in self.known:
-            self.known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.remove, key, size)
-
-    def remove(self, key, size):
-        self.known.remove(key)
-        self.now -= size
 
 
 def as_on_a_gpu():
@@ -74,15 +67,10 @@ def as_on_a_gpu():
                                layer_norm=lambda x, *rest: layer_norm(wide(x), *rest))
 
 
-def give_gradients(policy):
-    for weight in trained(policy):
-        weight.grad = torch.empty_like(weight)
-
-
 def count(args, pipe, clip) -> dict:
     """{phase: (bytes held before it, bytes at its peak)}: a batch of sampling, all pictures decoded, some
-    scored, the second micro-batch of an update, which adds to the first's gradients, and its step. Called is
-    what sample.rollout and train.update call, since they read values. pipe and clip lose their weights."""
+    scored, the second micro-batch of an update, which adds to the first's gradients, and its step. What reads
+    values is left out, so rollout's and update's own calls stand here. pipe and clip lose their weights."""
     policy, base = make_policy(pipe.unet, args, torch.device("meta"))
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     to_compute_type(pipe.vae, dtype)  # as train.set_up
@@ -99,32 +87,31 @@ def count(args, pipe, clip) -> dict:
         for network in {policy, base, pipe.vae, pipe.text_encoder, clip}:
             network.to_empty(device="cpu")  # which gives fake weights in here
         optimizer = torch.optim.AdamW(trained(policy), fused=True)
-        give_gradients(policy)
-        optimizer.step()  # so that there are moments
-        optimizer.zero_grad(set_to_none=True)
         schedule = Schedule(torch.zeros(args.steps).long(), *torch.zeros(3, args.steps))
         parts = train.Parts(torch.device("cpu"), dtype, None, pipe, schedule, policy, base,
                             make_average(policy, args.ema), optimizer, [], shape)
         text = torch.empty(images, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
         batch = Rollout(torch.empty(images, args.steps + 1, *shape), torch.empty(images, args.steps),
                         text, torch.empty_like(text[:1]), names=[""] * images)
-        with torch.no_grad(), autocast(parts.device, parts.dtype):
-            with phase("sample"):
-                x, text = batch.latents[:args.sample_batch, 0], batch.text[:args.sample_batch]
-                predict_noise(policy, x, parts.schedule.timesteps[0], text, batch.null_text, args.guidance)
-            with phase("decode"), mock.patch.object(sample, "check_pictures", lambda *_: None):  # of values
-                pictures = sample.decode(pipe.vae, batch.latents[:, -1], batch.names)
-        with torch.no_grad(), phase("reward"):
-            pixels = F.interpolate(pictures[:CLIP_BATCH], size, mode="bicubic", antialias=True).to(clip.dtype)
-            clip.get_image_features(pixel_values=pixels)
-        del pictures, pixels
-        with phase("update"):
-            give_gradients(policy)
-            pairs, advantages = torch.zeros(args.micro_batch, 2).long(), torch.empty(len(batch.latents))
-            loss, _, _ = train.loss_on(parts, batch, pairs, batch.log_probs, advantages, advantages > 0, args)
-            loss.backward()
-            parts.optimizer.step()
-            parts.optimizer.zero_grad(set_to_none=True)
+        for _ in range(2):  # in the first epoch the optimizer's moments come to be
+            with torch.no_grad(), autocast(parts.device, parts.dtype):
+                with phase("sample"):
+                    x, text = batch.latents[:args.sample_batch, 0], batch.text[:args.sample_batch]
+                    predict_noise(policy, x, schedule.timesteps[0], text, batch.null_text, args.guidance)
+                with phase("decode"), mock.patch.object(sample, "check_pictures", lambda *_: None):
+                    pictures = sample.decode(pipe.vae, batch.latents[:, -1], batch.names)
+            with torch.no_grad(), phase("reward"):
+                x = F.interpolate(pictures[:CLIP_BATCH], size, mode="bicubic", antialias=True).to(clip.dtype)
+                clip.get_image_features(pixel_values=x)
+            del pictures, x
+            with phase("update"):
+                for weight in trained(policy):
+                    weight.grad = torch.empty_like(weight)
+                pairs, A = torch.zeros(args.micro_batch, 2).long(), torch.empty(images)  # A: advantages
+                loss, *_ = train.loss_on(parts, batch, pairs, batch.log_probs, A, A > 0, args)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
     return peaks
 
 
@@ -142,7 +129,7 @@ def main(argv=None):
           f"{args.steps} steps, {args.precision}; GiB\n")
     print("| phase | held before | peak |\n|---|---|---|")
     for name, (before, peak) in peaks.items():
-        print(f"| {name} | {before / GIB:.2f} | {peak / GIB:.2f} |")
+        print(f"| {name} | {before / 2**30:.2f} | {peak / 2**30:.2f} |")
 
 
 if __name__ == "__main__":

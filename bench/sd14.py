@@ -11,9 +11,7 @@ from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel,
 
 from shapes import WEIGHTS
 
-
-def stand_in_tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(WEIGHTS / "text_encoder", model_max_length=77)
+TOKENIZER = CLIPTokenizer.from_pretrained(WEIGHTS / "text_encoder", model_max_length=77)
 
 
 def sd14_pipeline(device, sample_size: int = 64) -> StableDiffusionPipeline:
@@ -25,7 +23,7 @@ def sd14_pipeline(device, sample_size: int = 64) -> StableDiffusionPipeline:
                             up_block_types=("UpDecoderBlock2D",) * 4)
         text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
     scheduler = DDIMScheduler.from_pretrained(WEIGHTS / "scheduler")  # the shapes world has the real one's
-    pipe = StableDiffusionPipeline(vae, text, stand_in_tokenizer(), unet, scheduler, None, None,
+    pipe = StableDiffusionPipeline(vae, text, TOKENIZER, unet, scheduler, None, None,
                                    requires_safety_checker=False)
     for part in (unet, vae, text):
         part.requires_grad_(False).eval()
@@ -34,12 +32,11 @@ def sd14_pipeline(device, sample_size: int = 64) -> StableDiffusionPipeline:
 
 def vit_h14(device, dtype):
     """laion/CLIP-ViT-H-14-laion2B-s32B-b79K's published configuration, as load_clip would return it."""
-    tokenizer = stand_in_tokenizer()
     tower = dict(num_attention_heads=16, hidden_act="gelu", projection_dim=1024)
     text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, **tower,
-                eos_token_id=tokenizer.eos_token_id)
+                eos_token_id=TOKENIZER.eos_token_id)
     vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14, **tower)
     config = CLIPConfig(projection_dim=1024, text_config=text, vision_config=vision)
     with torch.device(device):
         clip = CLIPModel(config).to(dtype)
-    return clip, tokenizer, CLIPImageProcessor()
+    return clip, TOKENIZER, CLIPImageProcessor()

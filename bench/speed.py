@@ -11,6 +11,7 @@ with nothing in between: no text, no schedule, no log-probability, no loss, no o
 import argparse
 import json
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -37,13 +38,12 @@ def networks(parts) -> dict:
 def recorded(parts, calls: list):
     """While it is open, append every network call to `calls`: (network, its arguments by place and by name,
     of tensors the shape and type alone, gradient)."""
-    def watch(name, network):
-        def note(_, *given):
-            shapes = tree_map_only(torch.Tensor, lambda x: torch.empty_like(x, device="meta"), given)
-            calls.append((name, shapes, name == "unet" and torch.is_grad_enabled()))
-        return network.register_forward_pre_hook(note, with_kwargs=True)
+    def note(name, _, *given):
+        shapes = tree_map_only(torch.Tensor, lambda x: torch.empty_like(x, device="meta"), given)
+        calls.append((name, shapes, name == "unet" and torch.is_grad_enabled()))
 
-    hooks = [watch(name, network) for name, network in networks(parts).items()]
+    hooks = [network.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+             for name, network in networks(parts).items()]
     yield
     for hook in hooks:
         hook.remove()
@@ -52,11 +52,8 @@ def recorded(parts, calls: list):
 def replay(parts, call: tuple):
     """One recorded call on random numbers. On zeros a GPU draws less power and is faster."""
     name, shapes, with_grad = call
-
-    def filled(x):
-        fill = torch.randn_like if x.is_floating_point() else torch.ones_like
-        return fill(x, device=parts.device)
-    given, named = tree_map_only(torch.Tensor, filled, shapes)
+    fill = lambda x: (torch.randn_like if x.is_floating_point() else torch.ones_like)(x, device=parts.device)
+    given, named = tree_map_only(torch.Tensor, fill, shapes)
     with torch.set_grad_enabled(with_grad):
         out = networks(parts)[name](*given, **named)
         if with_grad:
@@ -76,14 +73,12 @@ def floor(parts, calls: dict, phase):
 
 def set_up(args, arch: str | None = None) -> train.Parts:
     """All that an epoch needs. arch: "sd14" for random networks of its shapes in place of the flags'."""
-    own = {}
-    if arch:
-        dtype = torch.float32 if args.device == "cpu" else torch.float16
-        own = {"pipe": sd14_pipeline(args.device), "clip": vit_h14(args.device, dtype)}
+    dtype = torch.float32 if args.device == "cpu" else torch.float16
+    pipe, clip = (sd14_pipeline(args.device), vit_h14(args.device, dtype)) if arch else (None, None)
     anchors, _ = read_anchors(args.anchors)
     prompts, _ = read_prompts(args.prompts)
     more, _ = read_prompts([args.benign] if args.benign else [], BENIGN)
-    return train.set_up(args, prompts + more, anchors, **own)
+    return train.set_up(args, prompts + more, anchors, pipe=pipe, clip=clip)
 
 
 def measure(args, parts, repeats: int) -> dict:
@@ -92,17 +87,15 @@ def measure(args, parts, repeats: int) -> dict:
     calls = {name: [] for name in PHASES}
     train.one_epoch(parts, args, 0, lambda name: recorded(parts, calls[name]))
     floor(parts, calls, lambda name: nullcontext())
-    ours, bare = [], []
-    for repeat in range(repeats):
-        ours.append(log.Clock(parts.device))
-        figures, _ = train.one_epoch(parts, args, 1 + repeat, ours[-1])
-        bare.append(log.Clock(parts.device))
-        floor(parts, calls, bare[-1])
+    ours, bare = ([log.Clock(parts.device) for _ in range(repeats)] for _ in range(2))
+    for epoch, (clock, other) in enumerate(zip(ours, bare), 1):
+        figures, _ = train.one_epoch(parts, args, epoch, clock)
+        floor(parts, calls, other)
 
     def measured(names):
         return {"seconds": [sum(clock.seconds[name] for name in names) for clock in ours],
                 "floor_seconds": [sum(clock.seconds[name] for name in names) for clock in bare],
-                "peak_gib": max(clock.peaks.get(name) or 0 for clock in ours for name in names)}
+                "peak_gib": max(clock.peaks.get(name, 0) for clock in ours for name in names)}
     made = [network for name in PHASES for network, _, _ in calls[name]]
     return {"phases": {name: measured([name]) for name in PHASES} | {"epoch": measured(PHASES)},
             "calls": {network: made.count(network) for network in networks(parts)},
@@ -122,13 +115,12 @@ def show(result: dict):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Time an epoch against bare network calls; more flags: train.py's.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Time an epoch; more flags: train.py's", allow_abbrev=False)
     parser.add_argument("--arch", choices=("sd14",), help="random weights of its sizes, not the shapes world")
     parser.add_argument("--repeats", type=int, default=5, help="epochs measured, program and floor in turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
     own, rest = parser.parse_known_args(argv)
-    args = train.parse_args(rest if own.arch else [*shapes.train.FLAGS, *rest])
+    args = train.parse_args(rest) if own.arch else shapes.train.parse(rest)
     print(log.heading(own.json))
     choose_device(args)
     name = (f"CPU, {torch.get_num_threads()} threads" if args.device == "cpu"

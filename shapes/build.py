@@ -4,7 +4,7 @@ They are trained in the order of the real thing: a CLIP on pictures and captions
 UNet2DConditionModel that reads the text through CLIP's text tower, with caption dropout for guidance.
 
     python -m shapes.build              # rebuild shapes/weights: half an hour to an hour on two CPU cores
-    python -m shapes.build --report     # only measure: detector, reconstruction, CLIP retrieval
+    python -m shapes.build --report     # only measure: detector, reconstruction
     python -m shapes.build --prompts    # only write shapes/prompts.txt
 """
 
@@ -13,6 +13,7 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from operator import eq
 from pathlib import Path
 
 import torch
@@ -22,15 +23,11 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from plumbing import log, stop
-from plumbing.models import load_clip
-from plumbing.prompts import read_anchors
-from reward import SteeringReward
 from shapes import WEIGHTS
 from shapes.pixels import SIZE, detect, draw
-from shapes.scenes import (CAPTIONS, COLORS, MISCOUNT_RATE, MIX, SHAPES, Scene, all_scenes, caption, contrast,
-                           meaning, place, random_scene, training_prompts)
+from shapes.scenes import (CAPTIONS, COLORS, MISCOUNT_RATE, MIX, SHAPES, Scene, caption, contrast, place,
+                           random_scene, training_prompts)
 
-HERE = Path(__file__).parent
 TEXT_LENGTH = 16  # tokens; "a purple triangle and a yellow triangle" has 9 with the two markers
 WIDTH = 96        # of the text tower, and so of the UNet's cross attention
 CLIP_SIZE = 48    # pixels to which CLIP reduces a picture, as the real one reduces 512 to 224
@@ -39,20 +36,19 @@ CLIP_SIZE = 48    # pixels to which CLIP reduces a picture, as the real one redu
 def make_tokenizer() -> CLIPTokenizer:
     """CLIP's own byte-pair tokenizer, with merges that make every word of the world one token."""
     letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
-    merges = []
-    for word in sorted({w for s in all_scenes() for w in caption(s).split()}):
-        parts = list(word[:-1]) + [word[-1] + "</w>"]
+    merges = {}  # in the order in which they are made
+    for word in sorted({*" ".join(CAPTIONS).split()}):
+        parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             pairs = list(zip(parts, parts[1:]))
             # replay the merges so far, as the tokenizer will; what they leave is merged left to right
             pair = next((known for known in merges if known in pairs), pairs[0])
-            if pair not in merges:
-                merges.append(pair)
+            merges.setdefault(pair)
             i = pairs.index(pair)
             parts[i:i + 2] = ["".join(pair)]
     vocab = letters + [c + "</w>" for c in letters] + ["".join(pair) for pair in merges]
     vocab += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({w: i for i, w in enumerate(dict.fromkeys(vocab))}, merges,
+    return CLIPTokenizer({w: i for i, w in enumerate(dict.fromkeys(vocab))}, list(merges),
                          model_max_length=TEXT_LENGTH)
 
 
@@ -62,10 +58,9 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path):
     tokenizer.backend_tokenizer.model.save(str(folder))
 
 
-def fit(name: str, params, steps: int, peak: float, loss_at, after=None):
+def fit(name: str, params: list, steps: int, peak: float, loss_at, after=None):
     """Take `steps` AdamW steps on loss_at() -> scalar; after(step) follows each. The rate warms up over the
     first 5 % and falls to zero by a cosine; the gradient's norm is clipped to 1."""
-    params = list(params)
     optimizer = torch.optim.AdamW(params, lr=peak, weight_decay=0.01, betas=(0.9, 0.99))
     bar = tqdm(range(steps), desc=name, mininterval=5)
     for step in bar:
@@ -101,14 +96,12 @@ def train_clip(folder: Path, seed: int, steps: int = 1250, batch: int = 192):
         pixels = (draw([place(s, rng) for s in scenes]) - 0.5) / 0.5
         pixels = F.interpolate(pixels, CLIP_SIZE, mode="bicubic", antialias=True)
         out = clip(input_ids=tokens.input_ids, pixel_values=pixels)
-        same = (torch.tensor([[a == b for b in captions] for a in captions])
-                & ~torch.eye(batch, dtype=torch.bool))
+        same = torch.tensor([[a == b for b in captions] for a in captions]).fill_diagonal_(False)
         logits = out.logits_per_text.masked_fill(same, -1e4)  # an equal caption is no wrong answer
         target = torch.arange(batch)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    fit("clip", clip.parameters(), steps, 1e-3, loss_at,
-        after=lambda step: clip.logit_scale.data.clamp_(max=math.log(100)))  # as CLIP does
+    fit("clip", list(clip.parameters()), steps, 1e-3, loss_at)
     clip.half().save_pretrained(folder / "clip")
     save_tokenizer(tokenizer, folder / "clip")
     CLIPImageProcessor(size={"shortest_edge": CLIP_SIZE}, crop_size=CLIP_SIZE, image_mean=[0.5] * 3,
@@ -118,10 +111,9 @@ def train_clip(folder: Path, seed: int, steps: int = 1250, batch: int = 192):
 def train_vae(folder: Path, seed: int, steps: int = 3000, batch: int = 8):
     """The autoencoder: 64 x 64 pictures to 8 x 8 latents of 4 channels, L1 loss with a light KL.
 
-    What lies between two colours matters, since a UNet that has not made up its mind draws it; reconstruction
-    alone now and then puts red there. So two terms more. As in Stable Diffusion, and here by training, the
-    mean colour of each 8 x 8 block is a linear map of its latent; and half of the latents are blends of two
-    paintings of one scene, which have to decode to the blended picture."""
+    A UNet that has not made up its mind draws what lies between two colours, where reconstruction alone now
+    and then puts red. So two terms more: as in Stable Diffusion a linear map leads from a latent to its 8 x 8
+    block's mean colour; and blends of two paintings of one scene have to decode to the blended picture."""
     torch.manual_seed(seed)
     rng, paints = random.Random(seed), tuple(COLORS)
     vae = AutoencoderKL(block_out_channels=(8, 16, 64, 64), down_block_types=("DownEncoderBlock2D",) * 4,
@@ -201,7 +193,7 @@ def train_unet(folder: Path, seed: int, steps: int = 4500, batch: int = 128, pic
         for averaged, current in zip(ema.parameters(), unet.parameters()):
             averaged.lerp_(current.detach(), rate)
 
-    fit("unet", unet.parameters(), steps, 1.2e-3, loss_at, average)
+    fit("unet", list(unet.parameters()), steps, 1.2e-3, loss_at, average)
     StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, ema.half(), scheduler,
                             None, None, requires_safety_checker=False).save_pretrained(folder)
     save_tokenizer(tokenizer, folder / "tokenizer")
@@ -210,31 +202,21 @@ def train_unet(folder: Path, seed: int, steps: int = 4500, batch: int = 128, pic
     (folder / "clip").rename(folder / "text_encoder")
 
 
-def share_right(placed, images) -> float:
-    """Share of pictures in which the detector finds the colours and shapes of what was placed, in percent."""
-    names = lambda objects: sorted((o.color, o.shape) for o in objects)
-    return 100 * sum(names(a) == names(b) for a, b in zip(placed, detect(images))) / len(placed)
-
-
 @torch.no_grad()
 def report(folder: Path, count: int = 400):
-    """What the world can carry, on fresh pictures: the detector on drawn and on reconstructed ones, and how
-    often CLIP finds a picture's caption among all of its task (equal meanings count as found)."""
-    anchors, _ = read_anchors(HERE / "anchors.txt")
-    reward = SteeringReward(load_clip(str(folder / "text_encoder")), anchors)
+    """What the world can carry: the share of fresh pictures, drawn and reconstructed, in which the detector
+    finds the colours and shapes that were placed."""
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
-    print("| captions | detector, drawn % | reconstructed % | CLIP retrieval % (among) |\n|---|---|---|---|")
+    names = lambda pictures: [sorted((o.color, o.shape) for o in objects) for objects in pictures]
+    print("| captions | detector, drawn % | reconstructed % |\n|---|---|---|")
     for task in MIX:
         rng = random.Random(f"report {task}")
         scenes = [random_scene(rng, task) for _ in range(count)]
         placed = [place(s, rng) for s in scenes]
         images = draw(placed)
         decoded = (vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
-        own = [s for s in all_scenes() if s.task == task]
-        cosines = reward.embed_images(images) @ reward.embed_text(map(caption, own)).T
-        found = sum(meaning(own[i]) == meaning(s) for i, s in zip(cosines.argmax(1), scenes)) / count
-        print(f"| {task} | {share_right(placed, images):.1f} | {share_right(placed, decoded):.1f} | "
-              f"{100 * found:.1f} ({len(own)}) |")
+        found = [sum(map(eq, names(placed), names(detect(shown)))) / count for shown in (images, decoded)]
+        print(f"| {task} | {100 * found[0]:.1f} | {100 * found[1]:.1f} |")
 
 
 def main():
@@ -244,14 +226,13 @@ def main():
     parser.add_argument("--report", action="store_true", help="only measure the networks that are there")
     parser.add_argument("--prompts", action="store_true", help="only write shapes/prompts.txt")
     args = parser.parse_args()
-    print(log.heading(None if args.report else HERE / "prompts.txt" if args.prompts else args.out))
     if args.prompts:
-        (HERE / "prompts.txt").write_text(training_prompts(), encoding="utf-8")
+        (WEIGHTS.parent / "prompts.txt").write_text(training_prompts(), encoding="utf-8")
         return
+    print(log.heading(None if args.report else args.out))
     if not args.report:
-        train_clip(args.out, args.seed)
-        train_vae(args.out, args.seed)
-        train_unet(args.out, args.seed)
+        for train in (train_clip, train_vae, train_unet):
+            train(args.out, args.seed)
     report(args.out)
 
 

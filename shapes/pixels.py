@@ -72,8 +72,7 @@ def box_mask(soft, hard):
     """Resample the part of `soft` inside the bounding box of `hard` to TEMPLATE x TEMPLATE. Both (H, W)."""
     ys, xs = hard.any(1).nonzero().flatten(), hard.any(0).nonzero().flatten()
     crop = (soft * hard)[ys[0]:ys[-1] + 1, xs[0]:xs[-1] + 1]
-    return F.interpolate(crop[None, None].float(), (TEMPLATE, TEMPLATE),
-                         mode="bilinear", align_corners=False)[0, 0]
+    return F.interpolate(crop[None, None], TEMPLATE, mode="bilinear")[0, 0]
 
 
 def templates():
@@ -84,8 +83,7 @@ def templates():
 
 def components(mask):
     """Connected components (8 neighbours) of (B, H, W) bool: labels (B, H, W), 0 outside, one a component."""
-    numbers = torch.arange(1, mask[0].numel() + 1, device=mask.device, dtype=torch.float32)
-    labels = numbers.view(1, *mask.shape[1:]) * mask
+    labels = torch.arange(1, mask[0].numel() + 1, dtype=torch.float32).view(mask.shape[1:]) * mask
     while True:  # the largest number spreads two pixels a turn, until no pixel changes
         grown = F.max_pool2d(F.max_pool2d(labels[:, None], 3, 1, 1) * mask[:, None], 3, 1, 1)[:, 0] * mask
         if torch.equal(grown, labels):
@@ -101,11 +99,9 @@ def detect(images) -> list[list[Found]]:
     paints, labels, masks = nearest_color(images), components(ink > 0.3), templates()
     found = []
     for b in range(len(images)):
-        ids, areas = labels[b].unique(return_counts=True)
-        objects = []
-        for i, area in sorted(zip(ids.tolist(), areas.tolist()), key=lambda pair: -pair[1]):
-            if i == 0 or area < MIN_AREA:
-                continue
+        objects, areas = [], labels[b].flatten().bincount()
+        areas[0] = 0  # of the background
+        for i in areas.argsort(descending=True, stable=True)[:(areas >= MIN_AREA).sum()]:
             part = labels[b] == i
             votes = torch.bincount(paints[b][part], minlength=len(COLORS) + 1)[1:]
             mask = box_mask(ink[b] / ink[b][part].quantile(0.9), part).clamp(0, 1)

@@ -1,52 +1,48 @@
-"""Every table and figure of docs/shapes.md from one command, which goes on where it was stopped.
+"""Every table of docs/shapes.md, and its curves, from one command, which goes on where it was stopped.
 
-    python -m shapes.study                                     # all that is missing, then tables and figures
-    python -m shapes.study --list                              # the reports that are missing
+    python -m shapes.study                                     # all that is missing, then tables and curves
     python -m shapes.study --variants default paper --seeds 0  # some of it
-    python -m shapes.study --tables                            # tables and figures from docs/study.json alone
+    python -m shapes.study --tables                            # tables and curves from docs/study.json alone
 
 study.toml says what is trained and measured. A variant is shapes.train with some flags changed; each of its
 seeds is a run in runs/study/VARIANT/seed-N, by the real command lines. Their reports become docs/study.json;
-figures, and tables between the documents' markers <!-- study: NAME --> and <!-- end -->, are made of that.
+curves, and tables between the documents' markers <!-- study: NAME --> and <!-- end -->, are made of that.
 """
 
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from plumbing import log, stop
 from plumbing.run import read_lines, write_text
 from views import save_figure
+from views.curves import running_mean
 
 ROOT = Path(__file__).parent.parent
 PLAN = tomllib.loads((ROOT / "shapes" / "study.toml").read_text(encoding="utf-8"))
-VARIANTS, BASES, WORLDS, MEASURES = (PLAN[name] for name in ("variants", "bases", "worlds", "measures"))
+VARIANTS, WORLDS, HIDDEN, MEASURES = (PLAN[name] for name in ("variants", "worlds", "hidden", "measures"))
 SHORT = {name: short for name, (*_, short) in MEASURES.items() if short}
-HIDDEN, ALL = PLAN["hidden"], [*BASES, *VARIANTS]
 CELLS = [[sampler, guidance] for sampler in PLAN["samplers"] for guidance in PLAN["guidances"]]
-WINDOW = 5  # rollouts of a curve's running mean; one has 16 unsafe and 48 benign pictures
 
 
 # -------------------------------------------------------------------------------- training and measuring
 
 def reports(variants, seeds=None) -> list[tuple]:
     """(variant, seed, cell) of each report. A cell is None for the training's own sampler; the first
-    PLAN["cell_seeds"] seeds have others: a sampler and its guidance, or what PLAN["hidden"] names. A base has
-    one seed, 0."""
+    PLAN["cell_seeds"] seeds have others: a sampler and its guidance, or what PLAN["hidden"] names."""
     found = []
     for variant in variants:
-        own = [0] if variant in BASES else VARIANTS[variant]["seeds"]
-        for seed in own if seeds is None else [seed for seed in own if seed in seeds]:
-            more = [*CELLS * (variant in PLAN["sampled"]),
-                    *(cell for cell in HIDDEN if variant in PLAN["attacked"][cell])]
-            found += [(variant, seed, cell)
-                      for cell in (None, *(more if own.index(seed) < PLAN["cell_seeds"] else []))]
+        more = [*CELLS * (variant in PLAN["sampled"]), *(c for c in HIDDEN if variant in PLAN["attacked"][c])]
+        for n, seed in enumerate(VARIANTS[variant]["seeds"]):
+            cells = [None, *more] if n < PLAN["cell_seeds"] else [None]
+            found += [(variant, seed, cell) for cell in cells if seeds is None or seed in seeds]
     return found
 
 
@@ -59,20 +55,20 @@ def file_of(out: Path, variant: str, seed: int, cell) -> Path:
 
 def measure(out: Path, variant: str, seed: int, cell):
     """Make one report. The first one of a seed trains the run, or goes on with it."""
-    folder, report = out / variant / f"seed-{seed}", file_of(out, variant, seed, cell).parent
-    run, model = folder / "run", BASES.get(variant, folder / "run" / "final")
-    if variant not in BASES and not (run / "final").is_dir():
-        flags, count = VARIANTS[variant]["flags"].split(), VARIANTS[variant]["rollouts"]
+    report, plan = file_of(out, variant, seed, cell).parent, VARIANTS[variant]
+    folder, run = report.parent, report.parent / "run"
+    model = plan.get("model", run / "final")
+    if plan["rollouts"] and not model.is_dir():
         resume = ["--resume"] if (run / "flags.json").is_file() else []
-        start(folder, "shapes.train", *flags, "--seed", seed, "--epochs", count, "--out", run, *resume)
-    program = ["evaluate", "--suite", "shapes", "--images", PLAN["cell_images" if cell else "images"]]
+        start(folder, "shapes.train", *plan["flags"].split(), "--seed", seed, "--epochs", plan["rollouts"],
+              "--out", run, *resume)
+    program = f"evaluate --suite shapes --images {PLAN['cell_images' if cell else 'images']}"
     if isinstance(cell, str):
-        program = [*HIDDEN[cell].split(), "--base", BASES["base"]]
+        program = HIDDEN[cell]
     elif cell:
-        sampler, guidance = cell
-        program += ["--guidance", guidance, *PLAN["samplers"][sampler].split()]
+        program += f" --guidance {cell[1]} {PLAN['samplers'][cell[0]]}"
     part = report.with_name(report.name + ".part")
-    start(folder, *program, "--model", model, "--out", part)
+    start(folder, *program.split(), "--model", model, "--out", part)
     part.rename(report)  # whole or absent
     print(f"{variant}, seed {seed}: {report.name}", flush=True)
 
@@ -89,12 +85,12 @@ def start(folder: Path, module: str, *words):
 
 def entry_of(out: Path, variant: str, seed: int, cell) -> dict:
     """A report as a line of study.json."""
-    report = json.loads(file_of(out, variant, seed, cell).read_text(encoding="utf-8"))
-    plan = VARIANTS.get(variant, {"flags": "", "rollouts": 0})
+    plan, file = VARIANTS[variant], file_of(out, variant, seed, cell)
+    report = json.loads(file.read_text(encoding="utf-8"))
     entry = dict(variant=variant, seed=seed, cell=cell, flags=plan["flags"], rollouts=plan["rollouts"],
                  commit=report.get("provenance", report)["commit"], figures=figures_of(report))
-    if cell is None and variant not in BASES:
-        run = out / variant / f"seed-{seed}" / "run"
+    if cell is None and plan["rollouts"]:
+        run = file.parent.parent / "run"
         lines = read_lines(run / "metrics.jsonl")
         for path in run.glob("pictures-*.json"):  # of the grids: prompt -> share of base and policy
             shown_then = json.loads(path.read_text(encoding="utf-8"))
@@ -119,9 +115,8 @@ def figures_of(report: dict) -> dict:
 
 
 def collect(out: Path, file: Path) -> list[dict]:
-    """study.json with the reports that lie in `out`, which replace older ones, one entry a line. What
-    study.toml has no more is dropped."""
-    known, planned = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else [], reports(ALL)
+    """study.json, an entry a line: new reports replace older ones; what study.toml has no more is dropped."""
+    known, planned = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else [], reports(VARIANTS)
     known = [e for e in known if (e["variant"], e["seed"], e["cell"]) in planned]
     made = [entry_of(out, *key) for key in planned if file_of(out, *key).is_file()]
     newest = {(e["variant"], e["seed"], str(e["cell"])): e for e in known + made}
@@ -130,7 +125,7 @@ def collect(out: Path, file: Path) -> list[dict]:
     return entries
 
 
-# -------------------------------------------------------------------------------- tables and figure
+# -------------------------------------------------------------------------------- tables and curves
 
 def shown(entries: list, name: str, variant: str, cell=None) -> str:
     """One measure: the mean of the seeds and their range, or of a base its value and interval."""
@@ -138,7 +133,7 @@ def shown(entries: list, name: str, variant: str, cell=None) -> str:
     if not found:
         return "-"
     style = ".2f" if "variety" in name else ".1f"
-    if variant in BASES:
+    if not VARIANTS[variant]["rollouts"]:
         value, low, high = found[0]
         return f"{value:{style}} [{low:{style}}, {high:{style}}]"
     return mean_and_range([value for value, _, _ in found], style)
@@ -194,56 +189,32 @@ def tables(entries: list) -> dict[str, str]:
     return {name: text for name, text in made.items() if "| - |" not in text}
 
 
-def write_tables(entries: list, file: Path):
-    """Put each table between its markers."""
-    text, made = file.read_text(encoding="utf-8"), tables(entries)
-    for name, content in made.items():
-        text = re.sub(rf"(<!-- study: {name} -->\n).*?(<!-- end -->)",
-                      lambda found: found[1] + content + found[2], text, flags=re.DOTALL)
-    write_text(file, text)
-
-
-def smooth(values: list) -> dict:
-    """Running mean over WINDOW rollouts of those that have a value: {rollouts: mean}."""
-    ends = range(WINDOW, len(values) + 1)
-    windows = {end: [value for value in values[end - WINDOW:end] if value is not None] for end in ends}
-    return {end: sum(window) / len(window) for end, window in windows.items() if window}
-
-
 def draw_curves(figure, entries: list):
-    """The default and the released code's choices over a run of equal work, a panel for each figure."""
-    lines = {"default": ("tab:blue", "the default"), "paper": ("tab:orange", "the released code's choices")}
-    panels = figure.subplots(1, len(PLAN["curves"]))
-    for panel, (name, title) in zip(panels, PLAN["curves"].items()):
-        scale, limits = (1, (1, 5.1)) if name == "exact_variety" else (100, (0, 100))
+    """Some variants over a run of equal work, a panel for each figure."""
+    panels, handles = figure.subplots(1, len(PLAN["curves"])), {}
+    for panel, (name, (title, scale, *limits)) in zip(panels, PLAN["curves"].items()):
         for entry in entries:
-            if entry["variant"] in lines and "curves" in entry:
-                color, label = lines[entry["variant"]]
-                means, first = smooth(entry["curves"][name]), VARIANTS[entry["variant"]]["seeds"][0]
-                panel.plot([100 * end / entry["rollouts"] for end in means],
-                           [scale * mean for mean in means.values()],
-                           color=color, alpha=0.6, label=label if entry["seed"] == first else None)
+            if entry["variant"] in PLAN["drawn"] and "curves" in entry:
+                color, label = PLAN["drawn"][entry["variant"]]
+                values = np.array(entry["curves"][name], float)  # None becomes NaN
+                rollouts = np.linspace(0, 100, len(values) + 1)[1:]  # in % of the run
+                [handles[label]] = panel.plot(rollouts, scale * running_mean(values), color=color, alpha=0.6)
         panel.set(title=title, xlabel="% of the run", ylim=limits)
         panel.grid(alpha=0.3)
-    if panels[0].lines:
-        panels[0].legend(loc="upper right")
+    panels[0].legend(handles.values(), handles, loc="upper right")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--variants", nargs="+", choices=ALL, metavar="NAME", default=ALL, help=f"of {', '.join(ALL)}")
+    add("--variants", nargs="+", choices=VARIANTS, metavar="NAME", default=VARIANTS, help=", ".join(VARIANTS))
     add("--seeds", nargs="+", type=int, help="of those that study.toml gives a variant; default: all")
     add("--out", type=Path, default=ROOT / "runs" / "study")
-    add("--docs", type=Path, default=ROOT / "docs", help="where study.json and the figures go")
-    add("--list", action="store_true", help="only say what is missing")
-    add("--tables", action="store_true", help="only write tables and figures")
+    add("--docs", type=Path, default=ROOT / "docs", help="where study.json and the curves go")
+    add("--tables", action="store_true", help="only write tables and curves")
     args = parser.parse_args(argv)
     missing = [key for key in reports(args.variants, args.seeds) if not file_of(args.out, *key).is_file()]
-    if args.list:
-        print(*(file_of(args.out, *key) for key in missing), f"{len(missing)} reports are missing", sep="\n")
-        return
-    print(log.heading(args.out))
+    print(log.heading(args.out), f"{len(missing)} reports are missing", sep="\n")
     for variant, *rest in [] if args.tables else missing:
         folder, seed = WORLDS.get(variant, ("shapes/weights", 0))
         if not (ROOT / folder / "model_index.json").is_file():
@@ -251,13 +222,12 @@ def main(argv=None):
         measure(args.out, variant, *rest)
     entries = collect(args.out, args.docs / "study.json")
     for file in (args.docs / "shapes.md", args.docs.parent / "README.md"):
-        write_tables(entries, file)
+        text = file.read_text(encoding="utf-8")
+        for name, content in tables(entries).items():
+            text = re.sub(rf"(<!-- study: {name} -->\n).*?(<!-- end -->)",
+                          lambda found: found[1] + content + found[2], text, flags=re.DOTALL)
+        write_text(file, text)
     save_figure(args.docs / "curves.png", lambda figure: draw_curves(figure, entries), (16, 3.4), dpi=110)
-    default = VARIANTS["default"]
-    run = args.out / "default" / f"seed-{default['seeds'][0]}" / "run"
-    grid = run / f"pictures-{default['rollouts']:06d}.png"
-    if grid.is_file():
-        shutil.copy(grid, args.docs / "grid.png")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The judge's figures, exact_unsafe and exact_correct, are logged and shown; the r
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,30 +22,25 @@ from shapes.scenes import COLORS, TASKS, evaluation_prompts, read_caption
 
 HERE = Path(__file__).parent
 TABLE_CAPTIONS = 24    # of each category, in the table at the end; none with one red object is trained on
-COLORLESS = TASKS[:2]  # single objects and pairs, whose colours are the painter's choice
 
 # Where this world differs from Stable Diffusion.
-FLAGS = [
-    "--model", os.path.relpath(WEIGHTS), "--clip", os.path.relpath(WEIGHTS / "text_encoder"),
-    "--anchors", os.path.relpath(HERE / "anchors.txt"),
-    "--prompts", os.path.relpath(HERE / "prompts.txt"),
-    "--benign", "",  # its own [benign] section holds utility
-    "--out", "runs/shapes",
+FLAGS = ["--model", os.path.relpath(WEIGHTS), "--clip", os.path.relpath(WEIGHTS / "text_encoder"),
+         "--anchors", os.path.relpath(HERE / "anchors.txt"),
+         "--prompts", os.path.relpath(HERE / "prompts.txt"), *shlex.split(f"""
+    --benign ""  # prompts.txt has a section [benign], which holds utility
+    --out runs/shapes
     # Explicit captions lie up to 0.58 on this CLIP's unsafe side: 0.5 would leave some targets there.
-    "--alpha", "1.0",
-    "--epochs", "60", "--prompts-per-rollout", "8", "--group", "8", "--unsafe-fraction", "0.25",
-    "--steps", str(STEPS), "--guidance", str(GUIDANCE),
+    --alpha 1.0
+    --epochs 60 --prompts-per-rollout 8 --group 8 --unsafe-fraction 0.25 --steps {STEPS} --guidance {GUIDANCE}
     # D = 256 instead of 16,384: a mean over it moves 8 times as far from noise alone.
-    "--clip-range", "5e-3", "--kl", "0.01", "--kl-benign", "0.2",
+    --clip-range 5e-3 --kl 0.01 --kl-benign 0.2
     # What reads the prompt learns alone: what is unlearnt on pairs holds for single objects, too
     # (docs/shapes.md). So few weights bear a larger rate.
-    "--layers", "cross-attention", "--learning-rate", "3e-3", "--decay-epochs", "6", "--updates", "4",
-    "--ema", "0.9",
+    --layers cross-attention --learning-rate 3e-3 --decay-epochs 6 --updates 4 --ema 0.9
     # Equal, so that rollout and update call the network at one shape: the first ratio is 1 to the last bit.
-    "--sample-batch", "32", "--micro-batch", "32",
-    # Small enough, too, for float32 on a GPU.
-    "--precision", "float32",
-    "--no-checkpointing", "--show-unsafe", "--save-every", "20", "--picture-every", "10"]
+    --sample-batch 32 --micro-batch 32
+    --precision float32  # this world is small enough for it on a GPU, too
+    --no-checkpointing --show-unsafe --save-every 20 --picture-every 10""", comments=True)]
 
 
 def judge(images, prompts: list[Prompt]) -> dict:
@@ -55,8 +51,8 @@ def judge(images, prompts: list[Prompt]) -> dict:
         return dict.fromkeys(("exact_unsafe", "exact_correct", "exact_variety"))
     found = pixels.detect(images)
     correct = [pixels.is_correct(p.text, objects) for p, objects in zip(prompts, found)]
-    free = [o.color for p, objects in zip(prompts, found) if read_caption(p.text).task in COLORLESS
-            for o in objects]
+    free = [o.color for p, objects in zip(prompts, found) for o in objects
+            if read_caption(p.text).task in TASKS[:2]]  # whose captions name no colour
     counts = torch.tensor([free.count(color) for color in COLORS]).float()
     return {"exact_unsafe": pixels.is_unsafe(images).float().mean().item(),
             "exact_correct": sum(correct) / len(correct),
