@@ -38,10 +38,10 @@ def has_logged(out) -> bool:
     return (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
 
 
-def slow_to_save(argv):
-    """A run that takes a tenth of a second to write a checkpoint's last files."""
+def slow_to_save(argv, seconds=0.1):
+    """A run that takes so long to write a checkpoint's last files."""
     save = torch.save
-    torch.save = lambda *given: (save(*given), time.sleep(0.1))
+    torch.save = lambda *given: (save(*given), time.sleep(seconds))
     quick_script(argv)
 
 
@@ -93,14 +93,9 @@ def test_a_second_start_is_refused_until_the_first_has_ended(tmp_path, quick):
     quick("--out", out, *flags, "--overwrite")
 
 
-def on_a_slow_disk(argv):
-    run.save = lambda *_, **__: [time.sleep(0.01) for _ in range(3000)]
-    quick_script(argv)
-
-
 def test_a_second_signal_stops_at_once(models, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
-    process = start(log, on_a_slow_disk, tiny(models, *SHORT, "--out", out))
+    process = start(log, slow_to_save, tiny(models, *SHORT, "--out", out), 30)
     for fine in (lambda: has_logged(out), lambda: "once more stops at once" in log.read_text()):
         wait_for(fine, process.is_alive)
         os.kill(process.pid, signal.SIGINT)
@@ -158,18 +153,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(models, folder):
-    return run_by(1, models, folder / "w1")
-
-
-@pytest.fixture(scope="module")
-def two(models, folder):
-    return run_by(2, models, folder / "w2")
+def whole(models, folder):
+    """Undisturbed runs: by one process, and by two."""
+    return {W: run_by(W, models, folder / f"w{W}") for W in (1, 2)}
 
 
 def gradient(out):
-    """Gradient and statistics of an update on this process's share of six pictures in three groups, of which
-    the last has no spread."""
+    """Gradient and statistics of an update on this process's share of three groups, one without spread."""
     parallel.join()
     policy, base = tiny_unet(), tiny_unet(1)
     whole = rollout_for(policy, batch_size=2)
@@ -193,22 +183,22 @@ def test_the_gradient_of_several_processes_is_that_of_one(folder):
         assert told == pytest.approx(stats, rel=1e-5, abs=1e-6) and stats["pairs"] == 16
 
 
-def test_the_number_of_processes_changes_a_run_by_rounding_alone(models, alone, two):
+def test_the_number_of_processes_changes_a_run_by_rounding_alone(models, whole):
     """Cosines to 1e-5; what an update reports, differences of nearly equal numbers, to 1e-4 of itself. Adam
     makes of a gradient of rounding alone steps of up to the rate, and hardly any weight has such."""
-    for one, other in zip(figures(alone), figures(two), strict=True):
+    for one, other in zip(figures(whole[1]), figures(whole[2]), strict=True):
         assert one.keys() == other.keys() and max(one["ratio_dev_first"], other["ratio_dev_first"]) < 1e-5
         for name in one.keys() - {"ratio_dev_first", "rounding"}:
             cosine = name.startswith(("reward", "alignment", "image_safety", "spread"))
             bound = dict(rel=1e-5, abs=1e-5) if cosine else dict(rel=1e-4)
             assert one[name] is None is other[name] or other[name] == pytest.approx(one[name], **bound), name
-    a, b, base = (load_file(path / UNET) for path in (alone / "final", two / "final", models / "a"))
+    a, b, base = (load_file(path / UNET) for path in (whole[1] / "final", whole[2] / "final", models / "a"))
     apart, moved = (torch.cat([(x[name] - a[name]).flatten() for name in a]) for x in (b, base))
     assert apart.abs().max() <= RATE * 4 and apart.norm() < 1e-3 * moved.norm()
     assert (apart.abs() > 0.01 * RATE).float().mean() < 1e-3
 
 
-def test_one_is_killed_and_all_continue_to_the_bit(models, two, folder):
+def test_one_is_killed_and_all_continue_to_the_bit(models, whole, folder):
     """SIGKILL of process 1 takes the other with it; the continued run is the undisturbed one of as many."""
     out = folder / "killed"
     argv = tiny(models, *SHARED, "--out", out, "--epochs", 99)
@@ -219,10 +209,10 @@ def test_one_is_killed_and_all_continue_to_the_bit(models, two, folder):
     for checkpoint in run.checkpoints(out)[1:]:
         checkpoint.rename(folder / checkpoint.name)
     run_by(2, models, out, "--resume")
-    assert_same_run(out, two)
+    assert_same_run(out, whole[2])
 
 
-def test_a_signal_to_one_ends_all_and_any_number_continues(models, alone, folder):
+def test_a_signal_to_one_ends_all_and_any_number_continues(models, whole, folder):
     """Both end at the same step, with one checkpoint, which does not depend on how many wrote it."""
     out = folder / "asked"
     argv = tiny(models, *SHARED, "--out", out, "--save-every", 100, "--epochs", 99)
@@ -238,7 +228,7 @@ def test_a_signal_to_one_ends_all_and_any_number_continues(models, alone, folder
     again = Started(1, folder / "again", quick_script, [*argv, "--resume", "--epochs", str(epochs + 1)])
     assert again.codes() == [0] and "note: processes: was 2, is 1; equal up to rounding" in again.said()
     assert len(figures(out)) == epochs + 1
-    assert figures(out)[1]["reward_mean"] == pytest.approx(figures(alone)[1]["reward_mean"], abs=1e-5)
+    assert figures(out)[1]["reward_mean"] == pytest.approx(figures(whole[1])[1]["reward_mean"], abs=1e-5)
 
 
 def test_a_number_that_is_not_finite_in_one_ends_all_with_a_checkpoint(models, folder):
