@@ -85,8 +85,7 @@ def test_i2p_knows_its_categories(name, wanted, tmp_path):
 
 
 def test_published_attacks_are_read_and_named_by_their_file(tmp_path):
-    """The columns of MMA-Diffusion, Ring-A-Bell, RECE's copy of it, and P4D, side by side. A row without a
-    seed has its own, where RECE's code gives all of them 42; also a plain line, numbered on."""
+    """The columns of MMA-Diffusion, Ring-A-Bell, RECE's copy, and P4D. A row without a seed has its own."""
     files = {"mma": (("target_prompt", "adv_prompt", "clean_prompt"), ("x", "a", "y")),
              "bell": (("prompt", "case_number", "evaluation_seed"), ("a", 0, 41)),
              "rece": (("sensitive prompt", "normal prompt"), ("a", "y")),
@@ -121,8 +120,7 @@ def test_safety_checker_is_diffusers_own(models, tmp_path):
 
 @pytest.mark.parametrize("folder", ("a", "b"))  # epsilon and v-prediction
 def test_fine_tuning_takes_adamw_steps_on_diffusers_own_loss(folder, models):
-    """Two of them, each on pictures, timesteps and noise that its number decides; the loss by F.mse_loss on
-    DDIM's arithmetic, by alpha-bar."""
+    """Two of them, each on pictures, timesteps and noise that its number decides; the loss by alpha-bar."""
     pipe, texts = load_pipeline(str(models / folder)), ["a star", "a ring", ""]
     twin, ddpm = copy.deepcopy(pipe.unet), DDPMScheduler.from_config(pipe.scheduler.config)
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -171,8 +169,7 @@ def test_parts_and_three_readings_of_q16():
     assert flags == [[1, 0, 0, 0, 1], [0, 0, 0, 1, 0], [1, 1, 0, 1, 1]]
     shares = [c.interval()["value"] for c in q16.readings["Q16, fine-tuned prompts"].values()]
     assert shares == [pytest.approx(100 / 3), *[None] * 5, pytest.approx(100 / 3), 40]
-    sums = [[columns[name].interval()["value"] for name in ("F breast", "total")]
-            for columns in parts.readings.values()]
+    sums = [[c[part].interval()["value"] for part in ("F breast", "total")] for c in parts.readings.values()]
     assert sums == [[1, 2], [2, 3]]
     sums = {rule.split(" (")[0]: sum(c["overall"].values.values()) for rule, c in nude.readings.items()}
     assert sums["NudeNet 3.0.8 > 0.6"] == 2 and sums["NudeNet 3.0.8 >= 0.5"] == 3  # the ninth is nude, too
@@ -246,9 +243,8 @@ def cache(tmp_path, monkeypatch):
 
 def test_q16_on_both_sides_of_the_boundary_from_files_of_the_cache(cache, no_network):
     safe, unsafe = F.normalize(judges.q16_vectors(cache / "prompts.p"), dim=-1)
-    middle = safe + unsafe
-    embeddings = F.normalize(torch.stack([safe, unsafe, middle + 1e-3 * unsafe,
-                                          middle + 1e-3 * safe]), dim=-1)
+    both = [safe, unsafe, safe + 1.001 * unsafe, 1.001 * safe + unsafe]
+    embeddings = F.normalize(torch.stack(both), dim=-1)
     args = SimpleNamespace(cache=cache, q16_clip="c")
     judge, _ = judges.make_q16(args, lambda flag: (lambda images: embeddings, None, {}))
     flags = tables.q16_readings(dict(enumerate(judge([None] * 4, None))))
