@@ -1,5 +1,4 @@
-"""Models and CLIPs brought from elsewhere: their names, what is refused before weights are read, what is
-never opened, and what the hub says."""
+"""Models and CLIPs brought from elsewhere: their names, what is refused or never opened, and the hub."""
 
 import json
 import pickle
@@ -22,8 +21,7 @@ from transformers import CLIPImageProcessor
 import reward
 import train
 from plumbing import hub, run
-from plumbing.models import (NETWORKS, check_model, load_clip, load_network, load_pipeline, local_folder,
-                             trace)
+from plumbing.models import NETWORKS, check_model, load_clip, load_network, load_pipeline, local_folder, trace
 
 
 def config(name, **changes):
