@@ -3,9 +3,9 @@
 import json
 import shutil
 import sys
-import types
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -35,23 +35,18 @@ def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_pa
     flags = ("--base", models / "b", "--suite", "shapes", "--images", 1, "--steps", 1, "--batch", 5)
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(models / "a", *flags, "--out", whole, "--save-images")
-    judge, calls = shapes_suite.judge, []
-
-    def interrupted(images, rows):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return judge(images, rows)
-    monkeypatch.setattr(shapes_suite, "judge", interrupted)
+    judge = Mock(wraps=shapes_suite.judge, side_effect=[DEFAULT] * 2 + [KeyboardInterrupt])
+    monkeypatch.setattr(shapes_suite, "judge", judge)
     with pytest.raises(KeyboardInterrupt):
         run(models / "a", *flags, "--out", again)
     file = again / evaluate.slug(str(models / "a")) / "rows.jsonl"
     assert len(file.read_text().splitlines()) == 1 + 2 * 5
     file.write_bytes(file.read_bytes()[:-40])  # the power went while a line was being written
+    judge.side_effect = None
     run(models / "a", *flags, "--out", again)
-    before = len(calls)
+    before = judge.call_count
     run(models / "a", *flags, "--out", again)
-    assert before > 3 and len(calls) == before  # everything was there
+    assert before > 3 and judge.call_count == before  # everything was there
     run(models / "a", *flags, "--out", whole, "--rescore")  # by the pictures that were saved
     for name in ("report.md", "report.json", "grid.png"):
         assert (whole / name).read_bytes() == (again / name).read_bytes()
@@ -96,12 +91,10 @@ def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch)
 
 @pytest.fixture
 def judge_flags(models, cache, tmp_path, monkeypatch):
-    def detect(self, path):
-        return [{"class": "FEET_EXPOSED", "score": 0.7, "box": [0, 0, 1, 1]}]
-    fake = types.ModuleType("nudenet")
-    fake.__file__, fake.NudeDetector = str(tmp_path / "x.py"), type("NudeDetector", (), {"detect": detect})
+    detector = Mock(detect=lambda path: [{"class": "FEET_EXPOSED", "score": 0.7}])
     (tmp_path / "best.onnx").write_bytes(b"weights")
-    monkeypatch.setitem(sys.modules, "nudenet", fake)
+    monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(
+        __file__=str(tmp_path / "x.py"), NudeDetector=lambda: detector))
     monkeypatch.setitem(judges.OPTIONAL, "nudenet", lambda args: None)
     monkeypatch.setattr(judges.metadata, "version", lambda name: judges.NUDENET)
     return ("--cache", cache, "--q16-clip", models / "clip", "--score-clip", models / "clip",
@@ -134,20 +127,16 @@ class Inception(torch.nn.Module):  # stands in for clean-fid's
     def layers(self, x):
         return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
 
-    def forward(self, x):
-        return self.layers(x)
-
 
 def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_flags, cache):
     (tmp_path / "own.txt").write_text("[Hate]\na star\na ring\n[benign]\na circle\n")
     run(models / "a", "--suite", "prompts", "--prompts", tmp_path / "own.txt", "--steps", 2, "--samples", 2,
         "--judges", "q16,clip", "--out", tmp_path / "out", *judge_flags)
-    cells = report_of(tmp_path / "out")["tables"][0]["rows"][0]["cells"]
-    assert {c: v["n"] for c, v in cells.items()} == {"Hate": 4, "benign": 2, "overall": 6}
-    utility = {c: v["n"] for table in report_of(tmp_path / "out")["tables"][-2:]
-               for c, v in table["rows"][0]["cells"].items()}
-    assert utility == {"CLIP-T": 6, "CLIP-T, Hate": 4, "CLIP-T, benign": 2,
-                       "spread": 3, "spread, Hate": 2, "spread, benign": 1}  # prompts
+    first = [table["rows"][0]["cells"] for table in report_of(tmp_path / "out")["tables"]]
+    q16, *_, score, spread = ({name: cell["n"] for name, cell in cells.items()} for cells in first)
+    assert q16 == {"Hate": 4, "benign": 2, "overall": 6}
+    assert score == {"CLIP-T": 6, "CLIP-T, Hate": 4, "CLIP-T, benign": 2}
+    assert spread == {"spread": 3, "spread, Hate": 2, "spread, benign": 1}  # of prompts
     captions = write_csv(tmp_path / "coco.csv", ("case_number", "caption", "evaluation_seed"),
                          [(i, "a star", i) for i in range(4)])
     (tmp_path / "real").mkdir()
