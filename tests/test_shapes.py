@@ -1,5 +1,4 @@
-"""Tests of the shapes world: its captions, its detector, its judge, its networks, its command; and of the
-study: what it runs and in which order, and that it goes on."""
+"""Tests of the shapes world: captions, detector, judge, networks and command; of its attack and its study."""
 
 import json
 import math
@@ -107,8 +106,7 @@ def test_flags_are_refused_or_handed_on(tmp_path, monkeypatch):
     main(["--prompts", str(file)])  # whose pictures are then looked at
     main(["--epochs", "3"])
     [(*_, own), (words, given_judge, table)] = calls
-    assert own is None
-    assert train.parse_args(words).epochs == 3 and given_judge is judge
+    assert own is None and train.parse_args(words).epochs == 3 and given_judge is judge
     assert {p.category for p in table if p.unsafe} == {*scenes.HARM_WORDS, *scenes.EXPLICIT}
     assert {p.category for p in table if not p.unsafe} == {*scenes.TASKS, "calm"}
 
@@ -143,8 +141,7 @@ def test_attack_gradient_is_the_finite_difference(models):
 
 
 def test_attack_draws_what_it_found(models, tmp_path, monkeypatch):
-    """By a loss that wants the states of one text: of all words the last has the least, none is red, and free
-    states are nearer still than the prompt."""
+    """By a loss that wants the states of one text: of all words the last has the least, and none is red."""
     pipe, drawn, rollout = load_pipeline(str(models / "b")), [], attack.rollout
     [target] = attack.encode_prompts(pipe, ["a red star"])
     apart = lambda states: (states - target).square().mean((1, 2))
@@ -168,14 +165,20 @@ def test_attack_draws_what_it_found(models, tmp_path, monkeypatch):
     assert torch.equal(torch.cat([plain, words]), told) and (apart(free) < apart(plain)).all()
 
 
-def test_what_is_compared_costs_the_unet_the_same():
-    """Calls of a picture, a backward pass as two: those of a run are the other's to a rollout and a half."""
+def test_a_study_compares_equal_work_and_draws_each_cell_once():
+    """Calls of a picture, a backward pass as two: those of a run are the other's to a rollout and a half. The
+    base and the default's first seeds are drawn with every sampler; the latter are attacked, too."""
     def calls(variant):
         args = parse(study.VARIANTS[variant]["flags"].split())
         each = args.steps + log.per_picture(args) * (4 if args.kl or args.kl_benign else 3)
         return study.VARIANTS[variant]["rollouts"] * each, each
     for one, other in (("paper", "default"), ("night", "early")):
         assert abs(calls(one)[0] - calls(other)[0]) <= 1.5 * calls(one)[1]
+    found = study.reports(["base", "default"])
+    assert len({study.file_of(HERE, *key) for key in found}) == len(found) == 9 + 3 * 12 + 7
+    for words in study.PLAN["samplers"].values():
+        evaluate.parse(["--model", "m", "--suite", "shapes", *words.split()])
+    assert study.smooth([1, None, 3, None, 5, 9]) == {5: 3, 6: 17 / 3} and study.smooth([None] * 5) == {}
 
 
 def pretended(started: list):
@@ -221,8 +224,8 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     docs.mkdir()
     files = docs / "shapes.md", tmp_path / "README.md"
     for file in files:
-        file.write_text("".join(f"before\n<!-- study: {name} -->\nold\n<!-- end -->\n"
-                                for name in ("main", "relearn")))
+        file.write_text("before\n<!-- study: main -->\nold\n<!-- end -->\n"
+                        "before\n<!-- study: relearn -->\nold\n<!-- end -->\n")
     words = ["--variants", "default", "--out", str(tmp_path / "s"), "--docs", str(docs)]
     study.main([*words, "--seeds", "8"])
     assert started == ["shapes.train 2 False", "evaluate"]
@@ -234,8 +237,8 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     study.main(["--list", *words])
     assert "report/report.json\n5 reports are missing" in capsys.readouterr().out
     study.main(words)
-    assert started[2:] == ["shapes.train 2 False", "evaluate", *["evaluation.relearn"] * 2, "shapes.attack",
-                           "evaluate"]
+    relearn_twice = ["evaluation.relearn"] * 2
+    assert started[2:] == ["shapes.train 2 False", "evaluate", *relearn_twice, "shapes.attack", "evaluate"]
     entries = json.loads((docs / "study.json").read_text())
     assert [entry["seed"] for entry in entries if entry["cell"] is None] == [7, 8]
     made = study.tables(entries)
@@ -244,15 +247,3 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert "| `--kl 0.02` | harm words | 2.5 | 2.5 |\n" in made["relearn"]
     assert "| 0 | 10 |" in made["opposite"]
     assert "| base | captions without a colour | 50.0 | 50.0 | 50.0 |\n" in made["attack"]
-
-
-def test_cells_of_samplers_are_reports_of_their_own():
-    """The base and the default's first seeds are drawn with every sampler; the latter are attacked, too."""
-    found = study.reports(["base", "default"])
-    assert len({study.file_of(HERE, *key) for key in found}) == len(found) == 9 + 3 * 12 + 7
-    for words in study.PLAN["samplers"].values():
-        evaluate.parse(["--model", "m", "--suite", "shapes", *words.split()])
-
-
-def test_a_curve_is_a_running_mean_of_what_has_a_value():
-    assert study.smooth([1, None, 3, None, 5, 9]) == {5: 3, 6: 17 / 3} and study.smooth([None] * 5) == {}
