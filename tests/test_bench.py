@@ -84,8 +84,7 @@ def test_count_of_memory_is_what_an_epoch_allocates():
 
     @contextmanager
     def phase(name):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                    profile_memory=True) as profiler:
+        with torch.profiler.profile(profile_memory=True) as profiler:
             yield
         events = profiler.profiler.kineto_results.events()
         sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
