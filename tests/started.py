@@ -71,7 +71,7 @@ def start(log, target, *args, environment=None):
     """target(*args) in a process of its own, with both outputs in the file `log`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=logged, args=(str(log), environment or {}, target, args))
+    process = context.Process(target=logged, args=(str(log), environment or {}, target, args), daemon=True)
     with pytest.MonkeyPatch.context() as patch:  # the fork server finds modules by this alone
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
         process.start()

@@ -145,9 +145,7 @@ class Hub(BaseHTTPRequestHandler):
     """One repository, me/model, at one commit, as huggingface_hub asks for it; or an error where `where` is
     in the address: a status with a header, or "cut" for an answer that ends too early."""
     files, error, where, commit = {}, None, "/", "c" * 40
-
-    def log_message(self, *_):
-        pass
+    log_message = lambda *_: None
 
     def do_GET(self):
         path = self.path.partition("?")[0]
