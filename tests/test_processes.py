@@ -1,8 +1,5 @@
 """Runs in processes of their own: killed at any instant and continued to the bit, one in a folder, and
-several under torchrun (plumbing/parallel.py), over gloo on a CPU.
-
-    KILLS=20 python -m pytest tests/test_processes.py -k killed_at -s    # else 3; prints where each struck
-"""
+several under torchrun (plumbing/parallel.py), over gloo on a CPU."""
 
 import math
 import os
@@ -27,7 +24,6 @@ import train
 from evaluation import report
 from plumbing import parallel, run
 
-KILLS = int(os.environ.get("KILLS", 3))
 RATE = 1e-4
 # 8 pictures, 24 transitions, 2 updates; float32 rounds one picture's batch of 1 or 2 unlike one of 8
 SHARED = ["--prompts-per-rollout", 4, "--group", 2, "--steps", 5, "--micro-batch", 8, "--sample-batch", 8,
@@ -45,28 +41,23 @@ def slow_to_save(argv, seconds=0.1):
     quick_script(argv)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_any_instant_and_continued_to_the_bit(kind, models, tmp_path, monkeypatch):
-    """SIGKILL while a checkpoint is written, in an epoch, and while loading: nothing differs at the end."""
+@pytest.mark.parametrize("kind, moment, most", [*zip(KINDS, ("saving", "epoch", "loading"), (0.1, 0.2, 0.5))])
+def test_killed_at_any_instant_and_continued_to_the_bit(kind, moment, most, models, tmp_path, monkeypatch):
+    """SIGKILL while a checkpoint is written, in an epoch, or while loading: nothing differs at the end."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    first, draw = [*KINDS].index(kind), random.Random(kind)
-    kills, whole, out, log = range(first, KILLS, 3), tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
-    flags = [*KINDS[kind], *SHORT, "--epochs", 2 * len(kills) + 1, "--keep", 99]
+    whole, out, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    flags = [*KINDS[kind], *SHORT, "--epochs", 3, "--keep", 99]
     argv = lambda: tiny(models, *flags, "--out", out, *["--resume"][:out.exists()])
-    done = lambda: len(run.checkpoints(out))
     quick_main(tiny(models, *flags, "--out", whole))
-    for n in kills:
-        before, moment = done(), ("writing", "epoch", "loading")[(n + n // 3) % 3]
-        process = start(log, slow_to_save, argv())
-        if moment != "loading":
-            wait_for(lambda: done() > before, process.is_alive)
-        if moment == "writing":
-            wait_for(lambda: any(out.glob("checkpoint-??????.part")), process.is_alive)
-        time.sleep(draw.uniform(0, {"writing": 0.1, "epoch": 0.2, "loading": 0.5}[moment]))
-        process.kill(), process.join()
-        torn = [path.name for path in out.glob("*.part")]
-        assert process.exitcode == -signal.SIGKILL and (torn or moment != "writing"), log.read_text()
-        print(f"{kind} {n}: {moment}, {done()} checkpoints, {torn}")
+    process = start(log, slow_to_save, argv())
+    if moment != "loading":
+        wait_for(lambda: run.checkpoints(out), process.is_alive)
+    if moment == "saving":
+        wait_for(lambda: any(out.glob("checkpoint-??????.part")), process.is_alive)
+    time.sleep(random.Random(kind).uniform(0, most))
+    process.kill(), process.join()
+    torn = any(out.glob("*.part"))
+    assert process.exitcode == -signal.SIGKILL and (torn or moment != "saving"), log.read_text()
     process = start(log, quick_script, argv())
     process.join()
     assert process.exitcode == 0, log.read_text()
