@@ -21,30 +21,16 @@ from transformers import CLIPImageProcessor
 import reward
 import train
 from plumbing import hub, run
-from plumbing.models import NETWORKS, check_model, load_clip, load_network, load_pipeline, local_folder, trace
+from plumbing.models import (NETWORKS, check_model, load_clip, load_network, load_pipeline, local_folder,
+                             read_json, trace)
 
 
-def config(name, **changes):
-    """A change of a JSON file."""
-    def change(folder):
-        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
-    return change
-
-
-def written(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def without(name):
-    return lambda folder: shutil.move(folder / name, folder.parent / "removed")
-
-
-def a_file(folder):
-    shutil.rmtree(folder), folder.touch()
-
-
-def torn(name):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+# changes of a model's folder
+config = lambda name, **changes: lambda f: (f / name).write_text(json.dumps(read_json(f / name) | changes))
+written = lambda name, content: lambda folder: (folder / name).write_bytes(content)
+torn = lambda name: lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+without = lambda name: lambda folder: shutil.move(folder / name, folder.parent / "removed")
+a_file = lambda folder: (shutil.rmtree(folder), folder.touch())
 
 
 def pickled(folder):
