@@ -20,7 +20,6 @@ from transformers import CLIPImageProcessorPil, Mask2FormerConfig, SwinConfig
 
 import evaluate
 from evaluation import geneval, judges, relearn, results, samplers, statistics, tables
-from evaluation.geneval import Instance
 from evaluation.i2p import CATEGORIES
 from evaluation.report import PUBLISHED
 from evaluation.statistics import Counts, Means, Rates, Variety
@@ -254,8 +253,7 @@ def test_q16_on_both_sides_of_the_boundary_from_files_of_the_cache(cache, no_net
         judges.fetch("prompts.p", cache)
 
 
-def found(name, score, left=0, top=0, right=10, bottom=10):
-    return Instance(name, score, (left, top, right, bottom))
+found = lambda name, score, *box: geneval.Instance(name, score, box or (0, 0, 10, 10))
 
 
 def decided(objects, include, exclude=(), colors=(), tag="two_object"):
@@ -275,18 +273,17 @@ def test_geneval_counts_cuts_and_colors():
     assert not decided([found("dog", 0.95), found("dog", 0.8)], **exact)
     assert decided([found("dog", 0.5)] * 40, [dog], [{"class": "dog", "count": 17}])  # 16 at most
     red, both = ([{"class": "car", "count": count, "color": "red"}] for count in (1, 2))
-    cars = [found("car", 0.9, left=0), found("car", 0.8, left=1)]
+    cars = [found("car", 0.9), found("car", 0.8, 1, 0, 10, 10)]
     assert decided(cars, red, colors=("red", "blue"))
     assert not decided(cars, red, colors=("blue", "red"))  # only the most confident one is asked
     assert decided(cars, both, colors=("red", "red")) and not decided(cars, both, colors=("red", "blue"))
 
 
 def test_geneval_positions():
-    for x, y, expected in ((0, 50, {"left of"}), (90, 50, {"right of"}), (50, 0, {"above"}),
-                           (50, 90, {"below"}), (0, 0, {"left of", "above"}),
-                           (51, 51, set()),  # nothing is left after shrinking by 2
-                           (46, 50, set()), (45.9, 50, {"left of"})):  # 2 of 4 is not more than one half
-        assert geneval.relations((x, y, x + 10, y + 10), (50, 50, 60, 60)) == expected
+    for x, y, *expected in ((0, 50, "left of"), (90, 50, "right of"), (50, 0, "above"), (50, 90, "below"),
+                            (0, 0, "left of", "above"), (51, 51),  # nothing is left after shrinking by 2
+                            (46, 50), (45.9, 50, "left of")):  # 2 of 4 is not more than one half
+        assert geneval.relations((x, y, x + 10, y + 10), (50, 50, 60, 60)) == {*expected}
     include = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]
     dog = found("dog", 0.9, 50, 0, 60, 10)
     left, right = found("cat", 0.9, 0, 0, 10, 10), found("cat", 0.8, 90, 0, 99, 10)
@@ -309,7 +306,7 @@ def test_geneval_instances_from_logits():
     cropped = geneval.instances(class_logits, mask_logits, (8, 8), (4, 8), (2, 4))  # half is padding
     assert cropped[0].box == (1, 1, 2, 2)
     blue = Image.new("RGB", (8, 8), (10, 20, 30))
-    crop = geneval.color_crop(blue, Instance("cat", 1, (3, 3, 8, 8), out[0].mask))
+    crop = geneval.color_crop(blue, geneval.Instance("cat", 1, (3, 3, 8, 8), out[0].mask))
     assert crop.size == (5, 5)
     assert crop.getpixel((0, 0)) == (10, 20, 30) and crop.getpixel((4, 4)) == (153, 153, 153)
 
