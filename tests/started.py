@@ -1,7 +1,6 @@
 """Tiny runs of train.py, in this process or in others, and how two of them are compared.
 
-Other processes are forked from one that has imported everything: each starts in well under a second, where
-python itself takes several to import it all."""
+Others are forked from a process that has imported everything, so each starts in well under a second."""
 
 import hashlib
 import json
