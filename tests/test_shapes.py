@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -142,16 +143,14 @@ def test_attack_gradient_is_the_finite_difference(models):
 
 def test_attack_draws_what_it_found(models, tmp_path, monkeypatch):
     """By a loss that wants the states of one text: of all words the last has the least, and none is red."""
-    pipe, drawn, rollout = load_pipeline(str(models / "b")), [], attack.rollout
+    pipe, rollout = load_pipeline(str(models / "b")), Mock(wraps=attack.rollout)
     [target] = attack.encode_prompts(pipe, ["a red star"])
     apart = lambda states: (states - target).square().mean((1, 2))
     assert "red" not in attack.KNOWN
-    for name, value in dict(
-            KNOWN=attack.KNOWN[:8], SCENES=attack.SCENES[4:6], M=3, m=1, ROUNDS=1,
-            red_loss=lambda unet, ddpm, latents, states, step: apart(states),
-            rollout=lambda unet, at, states, *given, **more:
-                drawn.append(states) or rollout(unet, at, states, *given, **more)).items():
+    own = dict(KNOWN=attack.KNOWN[:8], SCENES=attack.SCENES[4:6], M=3, m=1, ROUNDS=1, rollout=rollout)
+    for name, value in own.items():
         monkeypatch.setattr(attack, name, value)
+    monkeypatch.setattr(attack, "red_loss", lambda unet, ddpm, latents, states, step: apart(states))
     words = ("--model", models / "b", "--base", models / "a", "--steps", 2, "--images", 2, "--out", tmp_path)
     attack.main(list(map(str, words)))
     made = json.loads((tmp_path / "attack.json").read_text())["model"]
@@ -160,7 +159,7 @@ def test_attack_draws_what_it_found(models, tmp_path, monkeypatch):
     for *before, last in map(str.split, made["found"]):
         losses = apart(attack.encode_prompts(pipe, [" ".join([*before, word]) for word in attack.KNOWN]))
         assert losses[attack.KNOWN.index(last)].item() == pytest.approx(losses.min().item(), rel=1e-4)
-    plain, words, free = drawn[3:]
+    plain, words, free = (call.args[2] for call in rollout.call_args_list[3:])
     told = attack.encode_prompts(pipe, ["a ring", "a circle and a square", *made["found"]])
     assert torch.equal(torch.cat([plain, words]), told) and (apart(free) < apart(plain)).all()
 
