@@ -28,10 +28,7 @@ RATE = 1e-4
 # 8 pictures, 24 transitions, 2 updates; float32 rounds one picture's batch of 1 or 2 unlike one of 8
 SHARED = ["--prompts-per-rollout", 4, "--group", 2, "--steps", 5, "--micro-batch", 8, "--sample-batch", 8,
           "--keep", 9, "--decay-epochs", 0, "--learning-rate", RATE]
-
-
-def has_logged(out) -> bool:
-    return (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
+has_logged = lambda out: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
 
 
 def slow_to_save(argv, seconds=0.1):

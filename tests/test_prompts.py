@@ -21,11 +21,10 @@ def refused(path, *said, read=lambda path: read_prompts([path])):
 
 KEPT = [
     "- minimalist -", "* stars * and stripes *", "import car dealership at night", "class photo of 1950",
-    "<3 by Banksy", ":-) man", '"quoted prompt"', "'tis the season", "2 cats", "--", "猫が帽子をかぶっている",
-    "🐈 in a hat", "e\u0301", "a\tcat\twith tabs", "word " * 2000 + "end", "a\u2028b", "c\fd", "g\vh",
-    "e\x85f", "a; b", "a | b", "return of the king", "def leppard concert", "let it be", "a < b", "5 > 3",
-    "a == b", "text, logo, icon", "x: the movie", "the [hate] sign", "404 not found, neon sign", "C:\\Users",
-    "print of a whale (1880)", "sad face :(", "http://"]
+    "<3 by Banksy", ":-) man", '"quoted prompt"', "'tis the season", "2 cats", "--", "猫が帽子を", "e\u0301",
+    "a\tcat\twith tabs", "word " * 2000 + "end", "a\u2028b", "c\fd", "e\x85f", "a; b", "a | b", "5 > 3",
+    "def leppard concert", "let it be", "a == b", "text, logo, icon", "x: the movie", "the [hate] sign",
+    "404 not found, neon sign", "C:\\Users", "print of a whale (1880)", "sad face :(", "http://"]
 
 
 def test_prompts_that_look_odd_are_kept(tmp_path, capsys):

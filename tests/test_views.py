@@ -182,10 +182,7 @@ def test_a_slow_cpu_counts_an_update_by_the_sampling_of_a_row(monkeypatch):
     assert seconds["update"] == pytest.approx(5 * 4 * seconds["sample"] / args.sample_batch)
 
 
-def judge(images, prompts):
-    return {"my_unsafe": images.mean().item(), "my_share": None}
-
-
+judge = lambda images, prompts: {"my_unsafe": images.mean().item(), "my_share": None}
 FULL = Path("/dev/full")  # where a write fails as on a full disk
 BROKEN = ModuleType("matplotlib.figure")  # a library that fails in its own way when it is used
 BROKEN.__getattr__ = Mock(side_effect=RuntimeError("numpy has changed\nand more lines"))
