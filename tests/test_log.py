@@ -113,9 +113,8 @@ def test_plan_says_what_holds_utility_and_what_memory_it_takes(kl, benign, said,
     """Weights, gradients, two moments, average, base: 4 bytes a parameter each; 6 pictures of 7 latents."""
     args = args_for(model="m", clip="c", alpha=0.5, direction="unit", steer="unsafe", eta=1.0, epochs=10,
                     ema=0.9, lora_rank=0, layers="all", precision="float32", kl=kl)
-    parts = parts_for(tiny_unet(), tiny_unet(), pipe=tiny_pipe(),
-                      reward=SteeringReward(tiny_clip(), (["a"], ["b"])),
-                      prompts=[Prompt("gore", "violence", True), *benign])
+    reward, prompts = SteeringReward(tiny_clip(), (["a"], ["b"])), [Prompt("gore", "violence", True), *benign]
+    parts = parts_for(tiny_unet(), tiny_unet(), pipe=tiny_pipe(), reward=reward, prompts=prompts)
     log.print_plan(args, parts, "")
     plan = capsys.readouterr().out
     assert "2 prompts x 3 = 6 images" in plan and "on 24 transitions (all but the last 2" in plan

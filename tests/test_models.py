@@ -173,15 +173,14 @@ def server(models, tmp_path, monkeypatch):
     here.shutdown(), here.server_close(), hub.fetch.cache_clear()
 
 
-GATED, MISTYPED = ("X-Error-Code", "GatedRepo"), ("X-Error-Code", "RepoNotFound")
-EXPIRED = "X-Error-Message", "Invalid credentials in Authorization header"
+GATED, MISTYPED = (403, "X-Error-Code", "GatedRepo"), (404, "X-Error-Code", "RepoNotFound")
+EXPIRED = 401, "X-Error-Message", "Invalid credentials in Authorization header"
 
 
 @pytest.mark.parametrize("where", ["/", "/resolve/"])
 @pytest.mark.parametrize("error, said", [
-    ((404, *MISTYPED), "check the spelling"), ((403, *GATED), "accept its terms"),
-    ((401, *EXPIRED), "refuses your token"), ((403,), "refuses your token"), ((503,), "the hub answers 503"),
-    ("cut", "cannot be reached"), ("down", "cannot be reached")])
+    (MISTYPED, "check the spelling"), (GATED, "accept its terms"), (EXPIRED, "refuses your token"),
+    ((403,), "refuses your token"), ((503,), "answers 503"), ("cut", "be reached"), ("down", "be reached")])
 def test_each_cause_has_its_line(error, said, where, server, monkeypatch):
     """For the list of files, and for the files themselves, as a gated repository answers."""
     server.error, server.where, server.files = error, where, {"model_index.json": b"{}"}
@@ -199,7 +198,7 @@ def test_what_is_fetched_is_said_and_no_more_than_is_needed(server, models, caps
     folder, needed = trace("--model", "me/model")[0], contents(models / "a")
     assert contents(folder) == needed and capsys.readouterr().out == (
         f"hub      me/model: {len(needed)} files, 0.0 GB where they are not here already\n")
-    for fault in ((503,), (401, *EXPIRED), (404, *MISTYPED), "cut", "down", "offline"):
+    for fault in ((503,), EXPIRED, MISTYPED, "cut", "down", "offline"):
         server.error = fault
         if fault == "down":
             monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")

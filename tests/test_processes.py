@@ -1,5 +1,4 @@
-"""Runs in processes of their own: killed at any instant and continued to the bit, one in a folder, and
-several under torchrun (plumbing/parallel.py), over gloo on a CPU."""
+"""Runs in processes of their own: killed and continued to the bit, one in a folder, several by torchrun."""
 
 import math
 import os

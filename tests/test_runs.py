@@ -30,7 +30,6 @@ from plumbing.models import load_pipeline, read_json, trace
 from views.grid import is_due
 
 FIRST, SECOND = "checkpoint-000001", "checkpoint-000002"
-Accepted = type("Accepted", (Exception,), {})  # --resume has found the run to be the same, and loads networks
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +133,7 @@ FREE = [(words, "") for words in ("--keep 9", "--epochs 300", "--prompts shapes/
 def test_a_changed_run_is_refused_noted_or_none(change, said, begun, models, quick, monkeypatch, capsys):
     """By other flags, or by another state of the checkpoint; one message names what differs."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(train, "set_up", Mock(side_effect=Accepted))
+    monkeypatch.setattr(train, "set_up", Mock(side_effect=MemoryError))  # reached where the run is accepted
     words, state, refused = "", read_json(begun / FIRST / "state.json"), (change, said) in REFUSED
     if isinstance(change, dict):
         for name, value in change.items():
@@ -142,7 +141,7 @@ def test_a_changed_run_is_refused_noted_or_none(change, said, begun, models, qui
         (begun / FIRST / "state.json").write_text(json.dumps(state))
     else:
         words = change.replace("{}", str(models))
-    with pytest.raises(ValueError if refused else Accepted) as error:
+    with pytest.raises(ValueError if refused else MemoryError) as error:
         quick("--out", begun, "--resume", *words.split())
     lines = (str(error.value) if refused else capsys.readouterr().out).splitlines()
     named = [line for line in lines if ": was " in line]

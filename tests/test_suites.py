@@ -31,11 +31,6 @@ from sample import encode_prompts, image_generator
 HUB = ("prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height")
 
 
-@pytest.fixture(scope="session")
-def pipe(models):
-    return load_pipeline(str(models / "a"))
-
-
 def write_csv(path, header, rows):
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
@@ -364,8 +359,9 @@ def test_a_sampler_is_diffusers_own(sampler, trick, folder, models):
 
 
 @pytest.mark.parametrize("name", samplers.SCHEDULERS)
-def test_diffusers_pipeline_draws_what_the_formulas_do(name, pipe, monkeypatch):
+def test_diffusers_pipeline_draws_what_the_formulas_do(name, models, monkeypatch):
     """With its own scheduler one by one as together; with DDIM in its place, as by our steps."""
+    pipe = load_pipeline(str(models / "a"))
     rows = [row(case=k, seed=k, prompt=text, guidance=3.0) for k, text in enumerate(("a ring", "a red star"))]
     both = samplers.draw(pipe, rows, name, 4, 0.0)
     assert torch.allclose(both[1:], samplers.draw(pipe, rows[1:], name, 4, 0.0), atol=1e-4)
@@ -376,8 +372,9 @@ def test_diffusers_pipeline_draws_what_the_formulas_do(name, pipe, monkeypatch):
         assert torch.allclose(theirs, ours, atol=1e-4)
 
 
-def test_a_noisy_picture_does_not_depend_on_the_batch(pipe):
+def test_a_noisy_picture_does_not_depend_on_the_batch(models):
     rows = [row(seed=s, image=k, guidance=3.0) for s in (1, 2) for k in (0, 1)]
+    pipe = load_pipeline(str(models / "a"))
     noisy = samplers.draw(pipe, rows, "ddim", 5, 1.0)
     assert (noisy - samplers.draw(pipe, rows, "ddim", 5, 0.0)).abs().max() > 1e-3
     for k in range(4):

@@ -146,9 +146,8 @@ def test_an_estimate_and_a_dry_run_change_nothing(precision, tmp_path, models, c
 
 
 @pytest.mark.parametrize("free, said", [
-    (24, "card     X: 20.0 of 24.0 GiB are needed\n"
-         "GPU fits --lora-rank 16 (7.4 GiB), --layers cross-attention (11.0 GiB), the default "
-         "flags (20.6 GiB)\n"),
+    (24, "X: 20.0 of 24.0 GiB are needed\nGPU fits --lora-rank 16 (7.4 GiB), --layers cross-attention "
+         "(11.0 GiB), the default flags (20.6 GiB)\n"),
     (12, "GiB are needed\nwarning: these flags do not fit"), (4, "nothing in")])
 def test_what_a_run_takes_is_computed_from_its_calls(free, said, monkeypatch, capsys):
     """A rollout of 32 x 50 + 48 x 48 calls of a second, on a simulated card; Adam's moments come on top."""
