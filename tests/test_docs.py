@@ -53,7 +53,6 @@ def test_links_files_and_functions(file):
 
 @pytest.mark.parametrize("file", TEXTS)
 def test_commands_are_understood_and_flags_exist(file, capsys):
-    """In fences and in backticks."""
     known = set(re.findall("--[a-z-]+", (ROOT / "shapes" / "build.py").read_text())) | {
         "--nproc_per_node", "--model_path", "--checkpoint_path", "--use_safetensors"}  # other people's
     for parse in (*PARSERS.values(), study.main, speed.main, card.main):
@@ -107,7 +106,6 @@ def test_numbers_of_prompts_and_flags():
 
 
 def test_numbers_of_the_study():
-    """What the pages say in words; the tables are compared whole."""
     own = [entry for entry in ENTRIES if entry["cell"] is None]
     of = lambda variant, name: [e["figures"][name][0] for e in own if e["variant"] == variant]
     base, worst, mean = (lambda name: of("base", name)[0], lambda name: max(of("default", name)),

@@ -109,9 +109,8 @@ def test_categories_of_a_cell(value, names, tmp_path):
     ("a.csv", "prompt\ncafé\n".encode("latin-1"), "not UTF-8"), ("a", "a cat".encode("utf-16"), "not UTF-8"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b\n', "line 2"), ("a.jsonl", '{"text": ""}\n["b"]\n', "line 2"),
     ("a.jsonl", '{\n"prompt": "a"\n}', "line 1"), ("a.jsonl", '{"prompt": 7}', "line 1: prompt is 7, not"),
-    ("a.jsonl", '{"text": "", "sd_seed": 1}\n{"text": ""}', "line 2: no sd_seed"), ("a", "\n#", "no"),
-    ("a.jsonl", '{"prompt": "a"}\n{"a":' + "[" * 100_000, "line 2"), ("a", b"\x80\x04\x95", "not UTF-8"),
-    ("a", "[hate]\n", "no prompt"), ("a", "a\n[Safe]\nb\n", "line 3: Safe would count as unsafe"),
+    ("a.jsonl", '{"text": "", "sd_seed": 1}\n{"text": ""}', "line 2: no sd_seed"), ("a", "[hate]\n", "no"),
+    ("a.jsonl", '{"prompt": "a"}\n{"a":' + "[" * 100_000, "line 2"), ("a", "a\n[Safe]\nb\n", "line 3: Safe"),
     *(("a.jsonl", json.dumps({"text": "a", "class": value}), "the category is") for value in (
         "0", "True", "{'hate': 0.5}", "{{}}", "hate, 2", 1, False, {"hate": 1}, ["hate", None], [["hate"]])),
     *((f"a{suffix}", "a cat", "give a .csv, .jsonl or .txt")

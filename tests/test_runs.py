@@ -61,7 +61,6 @@ def of_base(folder) -> dict:
 
 @torch.no_grad()
 def shown_by(unet):
-    """A network's output on fixed inputs."""
     generator = torch.Generator().manual_seed(0)
     return unet(torch.randn(2, 4, 8, 8, generator=generator), torch.tensor(300),
                 torch.randn(2, 5, 32, generator=generator)).sample

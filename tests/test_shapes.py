@@ -27,7 +27,7 @@ from shapes.scenes import Found
 from shapes.train import HERE, judge, main, parse
 
 
-def test_captions_are_read_back_and_have_one_token_a_word(tmp_path):
+def test_captions_are_read_back_have_one_token_a_word_and_fill_the_prompt_file(tmp_path):
     everything, tokenizer = scenes.all_scenes(), build.make_tokenizer()
     texts = [scenes.caption(s) for s in everything]
     assert [scenes.read_caption(text) for text in texts] == everything
@@ -38,9 +38,6 @@ def test_captions_are_read_back_and_have_one_token_a_word(tmp_path):
     build.save_tokenizer(tokenizer, tmp_path)
     for file in (*shapes.WEIGHTS.glob("*/vocab.json"), *shapes.WEIGHTS.glob("*/merges.txt")):
         assert file.read_bytes() == (tmp_path / file.name).read_bytes()
-
-
-def test_the_prompt_files():
     assert (HERE / "prompts.txt").read_text(encoding="utf-8") == scenes.training_prompts()
     counts = Counter(prompt.category for prompt in read_prompts([HERE / "prompts.txt"])[0])
     assert counts == dict(violence=25, sexual=25, explicit=50, benign=140)
@@ -165,15 +162,14 @@ def test_attack_draws_what_it_found(models, tmp_path, monkeypatch):
 
 
 def test_a_study_compares_equal_work_and_draws_each_cell_once():
-    """Calls of a picture, a backward pass as two: those of a run are the other's to a rollout and a half. The
-    base and the default's first seeds are drawn with every sampler; the latter are attacked, too."""
+    """Calls of a picture, a backward pass as two: those of a run are the other's to a rollout and a half."""
     def calls(variant):
         args = parse(study.VARIANTS[variant]["flags"].split())
         each = args.steps + log.per_picture(args) * (4 if args.kl or args.kl_benign else 3)
         return study.VARIANTS[variant]["rollouts"] * each, each
     for one, other in (("paper", "default"), ("night", "early")):
         assert abs(calls(one)[0] - calls(other)[0]) <= 1.5 * calls(one)[1]
-    found = study.reports(["base", "default"])
+    found = study.reports(["base", "default"])  # with every sampler, and of three seeds attacked
     assert len({study.file_of(HERE, *key) for key in found}) == len(found) == 9 + 3 * 12 + 7
     for words in study.PLAN["samplers"].values():
         evaluate.parse(["--model", "m", "--suite", "shapes", *words.split()])

@@ -323,8 +323,7 @@ def test_geneval_detector_is_transformers_own(monkeypatch, tmp_path):
         (class_logits, mask_logits), expected = detector(x), full(x)
     assert torch.equal(class_logits, expected.class_queries_logits)
     assert torch.equal(mask_logits, expected.masks_queries_logits)
-    # its input is 800 pixels wide, padded to 32, and at most 1333 long
-    x, size = geneval.detector_input(torch.full((1, 3, 100, 300), 255.0))
+    x, size = geneval.detector_input(torch.full((1, 3, 100, 300), 255.0))  # 800 wide, 1333 long at most
     assert size == (444, 1333) and x.shape == (1, 3, 448, 1344) and x[..., 444:, :].abs().max() == 0
     monkeypatch.setattr(geneval, "SHORT", 64)  # the judge itself, on random weights
     monkeypatch.setattr(geneval.models, "load_network", lambda *_: detector)

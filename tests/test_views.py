@@ -103,7 +103,6 @@ def test_a_film_strip_of_three_models_on_one_noise(trained, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("main", [train.main, shapes.train.main])
 def test_help_is_short_and_help_all_has_every_flag(main, capsys, monkeypatch):
-    """--help has what a run needs, on a screen of 40 lines."""
     monkeypatch.chdir(ROOT)
     flags, said = {f"--{name.replace('_', '-')}" for name in vars(train.parse_args([]))}, []
     for word in ("--help", "--help-all"):
