@@ -2,6 +2,7 @@
 
 import os
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -34,7 +35,5 @@ def quick(models, monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise OSError("no network")
-    monkeypatch.setattr("torch.hub.urlopen", refuse)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    for name in ("torch.hub.urlopen", "huggingface_hub.hf_hub_download"):
+        monkeypatch.setattr(name, Mock(side_effect=OSError("no network")))

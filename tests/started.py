@@ -1,7 +1,6 @@
 """Tiny runs of train.py, in this process or in others, and how two of them are compared.
 
-Other processes are forked from one that has imported everything: each starts in well under a second, where
-python itself takes several to import it all."""
+Others are forked from a process that has imported everything, so each starts in well under a second."""
 
 import hashlib
 import json
@@ -71,7 +70,7 @@ def start(log, target, *args, environment=None):
     """target(*args) in a process of its own, with both outputs in the file `log`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=logged, args=(str(log), environment or {}, target, args))
+    process = context.Process(target=logged, args=(str(log), environment or {}, target, args), daemon=True)
     with pytest.MonkeyPatch.context() as patch:  # the fork server finds modules by this alone
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
         process.start()

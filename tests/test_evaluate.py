@@ -1,11 +1,10 @@
 """Tests of evaluate.py from end to end, on a CPU, without downloads; its parts are in test_suites.py."""
 
-import json
 import shutil
 import sys
-import types
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from evaluation import judges, relearn, results
 from evaluation import shapes as shapes_suite
 from evaluation.i2p import CATEGORIES
 from evaluation.tables import safety_tables
-from plumbing.models import load_pipeline
+from plumbing.models import load_pipeline, read_json
 from plumbing.run import sha256
 
 
@@ -26,35 +25,26 @@ def run(model, *flags):
     evaluate.main([str(flag) for flag in ("--model", model, "--device", "cpu", *flags)])
 
 
-def report_of(out):
-    return json.loads((out / "report.json").read_text())
-
-
 def test_interrupted_and_started_again_gives_the_identical_report(models, tmp_path, monkeypatch):
     flags = ("--base", models / "b", "--suite", "shapes", "--images", 1, "--steps", 1, "--batch", 5)
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(models / "a", *flags, "--out", whole, "--save-images")
-    judge, calls = shapes_suite.judge, []
-
-    def interrupted(images, rows):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return judge(images, rows)
-    monkeypatch.setattr(shapes_suite, "judge", interrupted)
+    judge = Mock(wraps=shapes_suite.judge, side_effect=[DEFAULT] * 2 + [KeyboardInterrupt])
+    monkeypatch.setattr(shapes_suite, "judge", judge)
     with pytest.raises(KeyboardInterrupt):
         run(models / "a", *flags, "--out", again)
     file = again / evaluate.slug(str(models / "a")) / "rows.jsonl"
     assert len(file.read_text().splitlines()) == 1 + 2 * 5
     file.write_bytes(file.read_bytes()[:-40])  # the power went while a line was being written
+    judge.side_effect = None
     run(models / "a", *flags, "--out", again)
-    before = len(calls)
+    before = judge.call_count
     run(models / "a", *flags, "--out", again)
-    assert before > 3 and len(calls) == before  # everything was there
+    assert before > 3 and judge.call_count == before  # everything was there
     run(models / "a", *flags, "--out", whole, "--rescore")  # by the pictures that were saved
     for name in ("report.md", "report.json"):
         assert (whole / name).read_bytes() == (again / name).read_bytes()
-    assert len(report_of(again)["tables"]) == 6
+    assert len(read_json(again / "report.json")["tables"]) == 6
 
 
 def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch):
@@ -66,7 +56,7 @@ def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch)
     def again(*flags):
         run(model, "--suite", "prompts", "--prompts", tmp_path / "own.txt", "--judges", "clip",
             "--score-clip", clip, "--sampler", "ddim", "--steps", 1, "--out", tmp_path / "out", *flags)
-        return report_of(tmp_path / "out")["tables"][0]["rows"]
+        return read_json(tmp_path / "out" / "report.json")["tables"][0]["rows"]
 
     def change(weights):
         save_file({name: t * 1.5 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
@@ -92,13 +82,10 @@ def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch)
 
 @pytest.fixture
 def judge_flags(models, cache, tmp_path, monkeypatch):
-    def detect(self, path):
-        return [{"class": "FEET_EXPOSED", "score": 0.7, "box": [0, 0, 1, 1]}]
-    fake = types.ModuleType("nudenet")
-    fake.__file__, fake.__spec__ = str(tmp_path / "x.py"), "installed"
-    fake.NudeDetector = type("NudeDetector", (), {"detect": detect})
+    detector = Mock(detect=lambda path: [{"class": "FEET_EXPOSED", "score": 0.7}])
     (tmp_path / "best.onnx").write_bytes(b"weights")
-    monkeypatch.setitem(sys.modules, "nudenet", fake)
+    monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(
+        __file__=str(tmp_path / "x.py"), __spec__="installed", NudeDetector=lambda: detector))
     monkeypatch.setattr(judges.metadata, "version", lambda name: judges.NUDENET)
     return ("--cache", cache, "--q16-clip", models / "clip", "--score-clip", models / "clip",
             "--safety-checker", models / "checker")
@@ -109,7 +96,7 @@ def test_i2p_end_to_end(models, tmp_path, judge_flags):
     run(models / "a", "--base", models / "b", "--also", "negative-prompt", "--also", "sld-medium", "--suite",
         "i2p", "--prompts", write_csv(tmp_path / "i2p.csv", HUB, table), "--steps", 2, "--batch", 4,
         "--out", tmp_path / "out", *judge_flags)
-    made = report_of(tmp_path / "out")
+    made = read_json(tmp_path / "out" / "report.json")
     inappropriate, parts, nude = made["tables"]
     assert len(inappropriate["rows"]) == 3 * (4 + 1)  # readings x (models and the difference)
     assert list(inappropriate["rows"][0]["cells"]) == [*CATEGORIES, "overall"]
@@ -130,20 +117,16 @@ class Inception(torch.nn.Module):  # stands in for clean-fid's
     def layers(self, x):
         return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
 
-    def forward(self, x):
-        return self.layers(x)
-
 
 def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_flags, cache):
     (tmp_path / "own.txt").write_text("[Hate]\na star\na ring\n[benign]\na circle\n")
     run(models / "a", "--suite", "prompts", "--prompts", tmp_path / "own.txt", "--steps", 2, "--samples", 2,
         "--judges", "q16,clip", "--out", tmp_path / "out", *judge_flags)
-    cells = report_of(tmp_path / "out")["tables"][0]["rows"][0]["cells"]
-    assert {c: v["n"] for c, v in cells.items()} == {"Hate": 4, "benign": 2, "overall": 6}
-    utility = {c: v["n"] for table in report_of(tmp_path / "out")["tables"][-2:]
-               for c, v in table["rows"][0]["cells"].items()}
-    assert utility == {"CLIP-T": 6, "CLIP-T, Hate": 4, "CLIP-T, benign": 2,
-                       "spread": 3, "spread, Hate": 2, "spread, benign": 1}  # prompts
+    first = [table["rows"][0]["cells"] for table in read_json(tmp_path / "out" / "report.json")["tables"]]
+    q16, *_, score, spread = ({name: cell["n"] for name, cell in cells.items()} for cells in first)
+    assert q16 == {"Hate": 4, "benign": 2, "overall": 6}
+    assert score == {"CLIP-T": 6, "CLIP-T, Hate": 4, "CLIP-T, benign": 2}
+    assert spread == {"spread": 3, "spread, Hate": 2, "spread, benign": 1}  # of prompts
     captions = write_csv(tmp_path / "coco.csv", ("case_number", "caption", "evaluation_seed"),
                          [(i, "a star", i) for i in range(4)])
     (tmp_path / "real").mkdir()
@@ -152,7 +135,7 @@ def test_prompt_files_and_captions_end_to_end(models, tmp_path, judge_flags, cac
     torch.jit.script(Inception()).save(str(cache / judges.INCEPTION))
     run(models / "a", "--suite", "coco", "--prompts", captions, "--steps", 2, "--save-images", "--fid",
         tmp_path / "real", "--out", tmp_path / "coco", *judge_flags)
-    made = report_of(tmp_path / "coco")
+    made = read_json(tmp_path / "coco" / "report.json")
     utility, facts = made["tables"][0], made["provenance"]["judges"]["fid"]
     cells = utility["rows"][0]["cells"]
     assert -1 <= cells["CLIP-T"]["value"] <= 1 and cells["FID"]["value"] > 0
@@ -190,7 +173,7 @@ def test_relearning_is_the_same_for_equal_models_and_says_when_half_is_back(mode
     def relearned(model):
         words = f"--suite shapes --device cpu --images 2 --steps 1 --at 2 1 --train-batch 4 --out {tmp_path}"
         relearn.main([*words.split(), "--base", str(models / "a"), "--model", str(model)])
-        return json.loads((tmp_path / "relearn.json").read_text())
+        return read_json(tmp_path / "relearn.json")
     monkeypatch.setattr(results, "finish", finish_and_weigh)
     base, model = relearned(twin)["curves"].values()
     assert base == model and [point["step"] for point in model] == [0, 1, 2]
@@ -211,7 +194,7 @@ def test_relearning_on_a_folder_and_on_the_bases_own_pictures(models, tmp_path, 
     words = [str(word) for word in ("--suite", "i2p", "--prompts", table, "--model", models / "b", "--base",
                                     models / "a", "--device", "cpu", "--steps", 2, "--at", 1, *judge_flags)]
     relearn.main([*words, "--out", str(tmp_path), "--data", str(tmp_path)])
-    rates = json.loads((tmp_path / "relearn.json").read_text())["curves"]["model"][1]["rates"]
+    rates = read_json(tmp_path / "relearn.json")["curves"]["model"][1]["rates"]
     assert len(rates) == 6 and rates["NudeNet 3.0.8 > 0.6 (SafeDiffusion-R1, RECE)"]["value"] == 100
     pipe, flags = load_pipeline(str(models / "a")), (["--data", str(tmp_path)], [])
     [(given, texts)], [(own, more)] = (relearn.benign_pictures(pipe, relearn.parse(words + some))

@@ -1,5 +1,4 @@
-"""The house's rules: who imports whom, imports inside functions included, and that the method does not know
-the toy world. One arrow points up: the last lines of sample.py and reward.py, as scripts, draw with views."""
+"""The house's rules: who imports whom, inside functions, too, and that the method does not know the toy."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -17,7 +16,7 @@ ALLOWED = {  # module, or package -> the files and packages of ours that it may 
     "evaluation.relearn": f"{BELOW} evaluate evaluation",
     "evaluation.shapes": f"{BELOW} evaluation shapes", "shapes": f"{BELOW} train evaluate evaluation shapes",
     "bench": f"{BELOW} train evaluate evaluation shapes bench"}
-UPWARDS = {"sample": {"views.grid"}, "reward": {"views.direction"}}
+UPWARDS = {"sample": {"views.grid"}, "reward": {"views.direction"}}  # the last lines, as scripts
 
 
 def imported(name, script=False) -> set:
@@ -30,8 +29,8 @@ def imported(name, script=False) -> set:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"line {node.lineno}: a relative import"
             # a name is a module of the package, or stands in the package's own file
-            found |= {full if (full := f"{node.module}.{alias.name}") in MODULES else node.module
-                      for alias in node.names}
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else node.module for name in names}
     return found
 
 

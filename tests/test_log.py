@@ -14,11 +14,10 @@ RISING = [dict(reward_mean=0.01 * i, alignment=0.3 - 0.01 * i) for i in range(40
 
 
 def test_record_is_computed_by_hand():
-    """Three groups of two: a spread of 0.1 on an unsafe prompt, none on another, 0.3 on a benign one. And of
-    one that taught nothing, without benign prompts: shares of nothing are 0, means of nothing None."""
-    stats = dict(positive=4, clipped_positive=1, negative=8, clipped_negative=6, kl_old=0.24, kl_ref=2.4,
-                 pairs=12, updates=2)
-    stats |= dict(ratio_dev_first=1e-4, ratio_dev_max=3e-3, rounding=2e-4, kl_ref_first=0.1, grad_norm=0.7)
+    """Of two unsafe prompts and a benign one; of a rollout without any, where shares are 0 and means None."""
+    stats = dict(positive=4, clipped_positive=1, negative=8, clipped_negative=6, kl_old=0.24, kl_ref=2.4)
+    told = dict(ratio_dev_first=1e-4, ratio_dev_max=3e-3, rounding=2e-4, grad_norm=0.7, updates=2)
+    stats |= told | dict(pairs=12, kl_ref_first=0.1)
     assert log.record(
         epoch=5, group=2, rate=1e-5, stats=stats, spreads=torch.tensor([1.0, 0.0, 0.4]),
         rewards=torch.tensor([0.1, 0.3, 0.5, 0.5, 0.2, 0.8]), alignment=torch.tensor([0.0, 0.6] * 3),
@@ -26,9 +25,8 @@ def test_record_is_computed_by_hand():
         advantages=torch.tensor([-1.0, 1, 0, 0, 0, 1])) == pytest.approx(dict(  # the last 0 is at its mean
             epoch=5, reward_mean=0.4, reward_std=(0.1 + 0.3) / 3, reward_unsafe=0.35, reward_benign=0.5,
             alignment=0.3, image_safety=0.1, image_safety_unsafe=-0.2, zero_std_groups=1 / 3, lr=1e-5,
-            spread_unsafe=0.5, spread_benign=0.4, ratio_dev_first=1e-4, ratio_dev_max=3e-3, rounding=2e-4,
-            grad_norm=0.7,
-            clip_frac_pos=0.25, clip_frac_neg=0.75, kl_ref_first=0.1, kl_ref=0.2, kl_old=0.02, updates=2))
+            spread_unsafe=0.5, spread_benign=0.4, **told,
+            clip_frac_pos=0.25, clip_frac_neg=0.75, kl_ref_first=0.1, kl_ref=0.2, kl_old=0.02))
     ones = torch.ones(4)
     line = log.record(epoch=0, rewards=ones, alignment=ones, safety=ones, spreads=torch.zeros(2), rate=0.1,
                       advantages=0 * ones, group=2, unsafe=ones > 0, stats=log.tally([], [], []))
@@ -74,8 +72,7 @@ def test_warnings_come_once(history, said, tmp_path, capsys):
 
 
 def test_a_continued_log_knows_what_it_has_said(tmp_path, capsys):
-    """Opened again after each rollout, it warns as one that stayed open; a trend reaches over the gap. What
-    is appended reads no line before it."""
+    """Opened again after each rollout, it warns as one that stayed open; appending reads no line before."""
     path = tmp_path / "metrics.jsonl"
     for epoch, change in enumerate(RISING):
         metrics = log.Log(path, 1e-4)

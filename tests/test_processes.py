@@ -1,8 +1,4 @@
-"""Runs in processes of their own: killed at any instant and continued to the bit, one in a folder, and
-several under torchrun (plumbing/parallel.py), over gloo on a CPU.
-
-    KILLS=20 python -m pytest tests/test_processes.py -k killed_at -s    # else 3; prints where each struck
-"""
+"""Runs in processes of their own: killed and continued to the bit, one in a folder, several by torchrun."""
 
 import math
 import os
@@ -26,46 +22,37 @@ import sample
 import train
 from plumbing import parallel, run
 
-KILLS = int(os.environ.get("KILLS", 3))
 RATE = 1e-4
 # 8 pictures, 24 transitions, 2 updates; float32 rounds one picture's batch of 1 or 2 unlike one of 8
 SHARED = ["--prompts-per-rollout", 4, "--group", 2, "--steps", 5, "--micro-batch", 8, "--sample-batch", 8,
           "--keep", 9, "--decay-epochs", 0, "--learning-rate", RATE]
+has_logged = lambda out: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
 
 
-def has_logged(out) -> bool:
-    return (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
-
-
-def slow_to_save(argv):
-    """A run that takes a tenth of a second to write a checkpoint's last files."""
+def slow_to_save(argv, seconds=0.1):
+    """A run that takes so long to write a checkpoint's last files."""
     save = torch.save
-    torch.save = lambda *given: (save(*given), time.sleep(0.1))
+    torch.save = lambda *given: (save(*given), time.sleep(seconds))
     quick_script(argv)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_any_instant_and_continued_to_the_bit(kind, models, tmp_path, monkeypatch):
-    """SIGKILL while a checkpoint is written, in an epoch, and while loading: nothing differs at the end."""
+@pytest.mark.parametrize("kind, moment, most", [*zip(KINDS, ("saving", "epoch", "loading"), (0.1, 0.2, 0.5))])
+def test_killed_at_any_instant_and_continued_to_the_bit(kind, moment, most, models, tmp_path, monkeypatch):
+    """SIGKILL while a checkpoint is written, in an epoch, or while loading: nothing differs at the end."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    first, draw = [*KINDS].index(kind), random.Random(kind)
-    kills, whole, out, log = range(first, KILLS, 3), tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
-    flags = [*KINDS[kind], *SHORT, "--epochs", 2 * len(kills) + 1, "--keep", 99]
+    whole, out, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    flags = [*KINDS[kind], *SHORT, "--epochs", 3, "--keep", 99]
     argv = lambda: tiny(models, *flags, "--out", out, *["--resume"][:out.exists()])
-    done = lambda: len(run.checkpoints(out))
     quick_main(tiny(models, *flags, "--out", whole))
-    for n in kills:
-        before, moment = done(), ("writing", "epoch", "loading")[(n + n // 3) % 3]
-        process = start(log, slow_to_save, argv())
-        if moment != "loading":
-            wait_for(lambda: done() > before, process.is_alive)
-        if moment == "writing":
-            wait_for(lambda: any(out.glob("checkpoint-??????.part")), process.is_alive)
-        time.sleep(draw.uniform(0, {"writing": 0.1, "epoch": 0.2, "loading": 0.5}[moment]))
-        process.kill(), process.join()
-        torn = [path.name for path in out.glob("*.part")]
-        assert process.exitcode == -signal.SIGKILL and (torn or moment != "writing"), log.read_text()
-        print(f"{kind} {n}: {moment}, {done()} checkpoints, {torn}")
+    process = start(log, slow_to_save, argv())
+    if moment != "loading":
+        wait_for(lambda: run.checkpoints(out), process.is_alive)
+    if moment == "saving":
+        wait_for(lambda: any(out.glob("checkpoint-??????.part")), process.is_alive)
+    time.sleep(random.Random(kind).uniform(0, most))
+    process.kill(), process.join()
+    torn = any(out.glob("*.part"))
+    assert process.exitcode == -signal.SIGKILL and (torn or moment != "saving"), log.read_text()
     process = start(log, quick_script, argv())
     process.join()
     assert process.exitcode == 0, log.read_text()
@@ -92,14 +79,9 @@ def test_a_second_start_is_refused_until_the_first_has_ended(tmp_path, quick):
     quick("--out", out, *flags, "--overwrite")
 
 
-def on_a_slow_disk(argv):
-    run.save = lambda *_, **__: [time.sleep(0.01) for _ in range(3000)]
-    quick_script(argv)
-
-
 def test_a_second_signal_stops_at_once(models, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
-    process = start(log, on_a_slow_disk, tiny(models, *SHORT, "--out", out))
+    process = start(log, slow_to_save, tiny(models, *SHORT, "--out", out), 30)
     for fine in (lambda: has_logged(out), lambda: "once more stops at once" in log.read_text()):
         wait_for(fine, process.is_alive)
         os.kill(process.pid, signal.SIGINT)
@@ -124,10 +106,7 @@ class Started:
         """Exit codes; none of the processes may hang."""
         for process in self.processes:
             process.join(seconds)
-        codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
-            process.kill()
-        return codes
+        return [process.exitcode for process in self.processes]
 
     def said(self, *ranks) -> str:
         return "\n".join(log.read_text() for i, log in enumerate(self.logs) if i in ranks or not ranks)
@@ -157,18 +136,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(models, folder):
-    return run_by(1, models, folder / "w1")
-
-
-@pytest.fixture(scope="module")
-def two(models, folder):
-    return run_by(2, models, folder / "w2")
+def whole(models, folder):
+    """Undisturbed runs: by one process, and by two."""
+    return {W: run_by(W, models, folder / f"w{W}") for W in (1, 2)}
 
 
 def gradient(out):
-    """Gradient and statistics of an update on this process's share of six pictures in three groups, of which
-    the last has no spread."""
+    """Gradient and statistics of an update on this process's share of three groups, one without spread."""
     parallel.join()
     policy, base = tiny_unet(), tiny_unet(1)
     whole = rollout_for(policy, batch_size=2)
@@ -192,22 +166,22 @@ def test_the_gradient_of_several_processes_is_that_of_one(folder):
         assert told == pytest.approx(stats, rel=1e-5, abs=1e-6) and stats["pairs"] == 16
 
 
-def test_the_number_of_processes_changes_a_run_by_rounding_alone(models, alone, two):
+def test_the_number_of_processes_changes_a_run_by_rounding_alone(models, whole):
     """Cosines to 1e-5; what an update reports, differences of nearly equal numbers, to 1e-4 of itself. Adam
     makes of a gradient of rounding alone steps of up to the rate, and hardly any weight has such."""
-    for one, other in zip(figures(alone), figures(two), strict=True):
+    for one, other in zip(figures(whole[1]), figures(whole[2]), strict=True):
         assert one.keys() == other.keys() and max(one["ratio_dev_first"], other["ratio_dev_first"]) < 1e-5
         for name in one.keys() - {"ratio_dev_first", "rounding"}:
             cosine = name.startswith(("reward", "alignment", "image_safety", "spread"))
             bound = dict(rel=1e-5, abs=1e-5) if cosine else dict(rel=1e-4)
             assert one[name] is None is other[name] or other[name] == pytest.approx(one[name], **bound), name
-    a, b, base = (load_file(path / UNET) for path in (alone / "final", two / "final", models / "a"))
+    a, b, base = (load_file(path / UNET) for path in (whole[1] / "final", whole[2] / "final", models / "a"))
     apart, moved = (torch.cat([(x[name] - a[name]).flatten() for name in a]) for x in (b, base))
     assert apart.abs().max() <= RATE * 4 and apart.norm() < 1e-3 * moved.norm()
     assert (apart.abs() > 0.01 * RATE).float().mean() < 1e-3
 
 
-def test_one_is_killed_and_all_continue_to_the_bit(models, two, folder):
+def test_one_is_killed_and_all_continue_to_the_bit(models, whole, folder):
     """SIGKILL of process 1 takes the other with it; the continued run is the undisturbed one of as many."""
     out = folder / "killed"
     argv = tiny(models, *SHARED, "--out", out, "--epochs", 99)
@@ -218,10 +192,10 @@ def test_one_is_killed_and_all_continue_to_the_bit(models, two, folder):
     for checkpoint in run.checkpoints(out)[1:]:
         checkpoint.rename(folder / checkpoint.name)
     run_by(2, models, out, "--resume")
-    assert_same_run(out, two)
+    assert_same_run(out, whole[2])
 
 
-def test_a_signal_to_one_ends_all_and_any_number_continues(models, alone, folder):
+def test_a_signal_to_one_ends_all_and_any_number_continues(models, whole, folder):
     """Both end at the same step, with one checkpoint, which does not depend on how many wrote it."""
     out = folder / "asked"
     argv = tiny(models, *SHARED, "--out", out, "--save-every", 100, "--epochs", 99)
@@ -237,7 +211,7 @@ def test_a_signal_to_one_ends_all_and_any_number_continues(models, alone, folder
     again = Started(1, folder / "again", quick_script, [*argv, "--resume", "--epochs", str(epochs + 1)])
     assert again.codes() == [0] and "note: processes: was 2, is 1; equal up to rounding" in again.said()
     assert len(figures(out)) == epochs + 1
-    assert figures(out)[1]["reward_mean"] == pytest.approx(figures(alone)[1]["reward_mean"], abs=1e-5)
+    assert figures(out)[1]["reward_mean"] == pytest.approx(figures(whole[1])[1]["reward_mean"], abs=1e-5)
 
 
 def test_a_number_that_is_not_finite_in_one_ends_all_with_a_checkpoint(models, folder):

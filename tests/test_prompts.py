@@ -21,11 +21,10 @@ def refused(path, *said, read=lambda path: read_prompts([path])):
 
 KEPT = [
     "- minimalist -", "* stars * and stripes *", "import car dealership at night", "class photo of 1950",
-    "<3 by Banksy", ":-) man", '"quoted prompt"', "'tis the season", "2 cats", "--", "猫が帽子をかぶっている",
-    "🐈 in a hat", "e\u0301", "a\tcat\twith tabs", "word " * 2000 + "end", "a\u2028b", "c\fd", "g\vh",
-    "e\x85f", "a; b", "a | b", "return of the king", "def leppard concert", "let it be", "a < b", "5 > 3",
-    "a == b", "text, logo, icon", "x: the movie", "the [hate] sign", "404 not found, neon sign", "C:\\Users",
-    "print of a whale (1880)", "sad face :(", "http://"]
+    "<3 by Banksy", ":-) man", '"quoted prompt"', "'tis the season", "2 cats", "--", "猫が帽子を", "e\u0301",
+    "a\tcat\twith tabs", "word " * 2000 + "end", "a\u2028b", "c\fd", "e\x85f", "a; b", "a | b", "5 > 3",
+    "def leppard concert", "let it be", "a == b", "text, logo, icon", "x: the movie", "the [hate] sign",
+    "404 not found, neon sign", "C:\\Users", "print of a whale (1880)", "sad face :(", "http://"]
 
 
 def test_prompts_that_look_odd_are_kept(tmp_path, capsys):
@@ -110,9 +109,8 @@ def test_categories_of_a_cell(value, names, tmp_path):
     ("a.csv", "prompt\ncafé\n".encode("latin-1"), "not UTF-8"), ("a", "a cat".encode("utf-16"), "not UTF-8"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b\n', "line 2"), ("a.jsonl", '{"text": ""}\n["b"]\n', "line 2"),
     ("a.jsonl", '{\n"prompt": "a"\n}', "line 1"), ("a.jsonl", '{"prompt": 7}', "line 1: prompt is 7, not"),
-    ("a.jsonl", '{"text": "", "sd_seed": 1}\n{"text": ""}', "line 2: no sd_seed"), ("a", "\n#", "no"),
-    ("a.jsonl", '{"prompt": "a"}\n{"a":' + "[" * 100_000, "line 2"), ("a", b"\x80\x04\x95", "not UTF-8"),
-    ("a", "[hate]\n", "no prompt"), ("a", "a\n[Safe]\nb\n", "line 3: Safe would count as unsafe"),
+    ("a.jsonl", '{"text": "", "sd_seed": 1}\n{"text": ""}', "line 2: no sd_seed"), ("a", "[hate]\n", "no"),
+    ("a.jsonl", '{"prompt": "a"}\n{"a":' + "[" * 100_000, "line 2"), ("a", "a\n[Safe]\nb\n", "line 3: Safe"),
     *(("a.jsonl", json.dumps({"text": "a", "class": value}), "the category is") for value in (
         "0", "True", "{'hate': 0.5}", "{{}}", "hate, 2", 1, False, {"hate": 1}, ["hate", None], [["hate"]])),
     *((f"a{suffix}", "a cat", "give a .csv, .jsonl or .txt")

@@ -1,5 +1,4 @@
-"""Tests of the shapes world: its captions, its detector, its judge, its networks, its command; and of the
-study: what it runs and in which order, and that it goes on."""
+"""Tests of the shapes world: captions, detector, judge, networks and command; of its attack and its study."""
 
 import json
 import math
@@ -8,6 +7,7 @@ import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from shapes.scenes import Found
 from shapes.train import HERE, judge, main, parse
 
 
-def test_captions_are_read_back_and_have_one_token_a_word(tmp_path):
+def test_captions_are_read_back_have_one_token_a_word_and_fill_the_prompt_file(tmp_path):
     everything, tokenizer = scenes.all_scenes(), build.make_tokenizer()
     texts = [scenes.caption(s) for s in everything]
     assert [scenes.read_caption(text) for text in texts] == everything
@@ -38,9 +38,6 @@ def test_captions_are_read_back_and_have_one_token_a_word(tmp_path):
     build.save_tokenizer(tokenizer, tmp_path)
     for file in (*shapes.WEIGHTS.glob("*/vocab.json"), *shapes.WEIGHTS.glob("*/merges.txt")):
         assert file.read_bytes() == (tmp_path / file.name).read_bytes()
-
-
-def test_the_prompt_files():
     assert (HERE / "prompts.txt").read_text(encoding="utf-8") == scenes.training_prompts()
     counts = Counter(prompt.category for prompt in read_prompts([HERE / "prompts.txt"])[0])
     assert counts == dict(violence=25, sexual=25, explicit=50, benign=140)
@@ -107,8 +104,7 @@ def test_flags_are_refused_or_handed_on(tmp_path, monkeypatch):
     main(["--prompts", str(file)])  # whose pictures are then looked at
     main(["--epochs", "3"])
     [(*_, own), (words, given_judge, table)] = calls
-    assert own is None
-    assert train.parse_args(words).epochs == 3 and given_judge is judge
+    assert own is None and train.parse_args(words).epochs == 3 and given_judge is judge
     assert {p.category for p in table if p.unsafe} == {*scenes.HARM_WORDS, *scenes.EXPLICIT}
     assert {p.category for p in table if not p.unsafe} == {*scenes.TASKS, "calm"}
 
@@ -143,18 +139,15 @@ def test_attack_gradient_is_the_finite_difference(models):
 
 
 def test_attack_draws_what_it_found(models, tmp_path, monkeypatch):
-    """By a loss that wants the states of one text: of all words the last has the least, none is red, and free
-    states are nearer still than the prompt."""
-    pipe, drawn, rollout = load_pipeline(str(models / "b")), [], attack.rollout
+    """By a loss that wants the states of one text: of all words the last has the least, and none is red."""
+    pipe, rollout = load_pipeline(str(models / "b")), Mock(wraps=attack.rollout)
     [target] = attack.encode_prompts(pipe, ["a red star"])
     apart = lambda states: (states - target).square().mean((1, 2))
     assert "red" not in attack.KNOWN
-    for name, value in dict(
-            KNOWN=attack.KNOWN[:8], SCENES=attack.SCENES[4:6], M=3, m=1, ROUNDS=1,
-            red_loss=lambda unet, ddpm, latents, states, step: apart(states),
-            rollout=lambda unet, at, states, *given, **more:
-                drawn.append(states) or rollout(unet, at, states, *given, **more)).items():
+    own = dict(KNOWN=attack.KNOWN[:8], SCENES=attack.SCENES[4:6], M=3, m=1, ROUNDS=1, rollout=rollout)
+    for name, value in own.items():
         monkeypatch.setattr(attack, name, value)
+    monkeypatch.setattr(attack, "red_loss", lambda unet, ddpm, latents, states, step: apart(states))
     words = ("--model", models / "b", "--base", models / "a", "--steps", 2, "--images", 2, "--out", tmp_path)
     attack.main(list(map(str, words)))
     made = json.loads((tmp_path / "attack.json").read_text())["model"]
@@ -163,12 +156,12 @@ def test_attack_draws_what_it_found(models, tmp_path, monkeypatch):
     for *before, last in map(str.split, made["found"]):
         losses = apart(attack.encode_prompts(pipe, [" ".join([*before, word]) for word in attack.KNOWN]))
         assert losses[attack.KNOWN.index(last)].item() == pytest.approx(losses.min().item(), rel=1e-4)
-    plain, words, free = drawn[3:]
+    plain, words, free = (call.args[2] for call in rollout.call_args_list[3:])
     told = attack.encode_prompts(pipe, ["a ring", "a circle and a square", *made["found"]])
     assert torch.equal(torch.cat([plain, words]), told) and (apart(free) < apart(plain)).all()
 
 
-def test_what_is_compared_costs_the_unet_the_same():
+def test_a_study_compares_equal_work_and_draws_each_cell_once():
     """Calls of a picture, a backward pass as two: those of a run are the other's to a rollout and a half."""
     def calls(variant):
         args = parse(study.VARIANTS[variant]["flags"].split())
@@ -176,6 +169,10 @@ def test_what_is_compared_costs_the_unet_the_same():
         return study.VARIANTS[variant]["rollouts"] * each, each
     for one, other in (("paper", "default"), ("night", "early")):
         assert abs(calls(one)[0] - calls(other)[0]) <= 1.5 * calls(one)[1]
+    found = study.reports(["base", "default"])  # with every sampler, and of three seeds attacked
+    assert len({study.file_of(HERE, *key) for key in found}) == len(found) == 9 + 3 * 12 + 7
+    for words in study.PLAN["samplers"].values():
+        evaluate.parse(["--model", "m", "--suite", "shapes", *words.split()])
 
 
 def pretended(started: list):
@@ -221,8 +218,8 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     docs.mkdir()
     files = docs / "shapes.md", tmp_path / "README.md"
     for file in files:
-        file.write_text("".join(f"before\n<!-- study: {name} -->\nold\n<!-- end -->\n"
-                                for name in ("main", "relearn")))
+        file.write_text("before\n<!-- study: main -->\nold\n<!-- end -->\n"
+                        "before\n<!-- study: relearn -->\nold\n<!-- end -->\n")
     words = ["--variants", "default", "--out", str(tmp_path / "s"), "--docs", str(docs)]
     study.main([*words, "--seeds", "8"])
     assert started == ["shapes.train 2 False", "evaluate"]
@@ -233,8 +230,8 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     shutil.rmtree(tmp_path / "s" / "default" / "seed-8" / "report")
     study.main(words)
     assert "\n5 reports are missing\n" in capsys.readouterr().out
-    assert started[2:] == ["shapes.train 2 False", "evaluate", *["evaluation.relearn"] * 2, "shapes.attack",
-                           "evaluate"]
+    relearn_twice = ["evaluation.relearn"] * 2
+    assert started[2:] == ["shapes.train 2 False", "evaluate", *relearn_twice, "shapes.attack", "evaluate"]
     entries = json.loads((docs / "study.json").read_text())
     assert [entry["seed"] for entry in entries if entry["cell"] is None] == [7, 8]
     made = study.tables(entries)
@@ -243,11 +240,3 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert "| `--kl 0.02` | harm words | 2.5 | 2.5 |\n" in made["relearn"]
     assert "| 0 | 10 |" in made["opposite"]
     assert "| base | captions without a colour | 50.0 | 50.0 | 50.0 |\n" in made["attack"]
-
-
-def test_cells_of_samplers_are_reports_of_their_own():
-    """The base and the default's first seeds are drawn with every sampler; the latter are attacked, too."""
-    found = study.reports(["base", "default"])
-    assert len({study.file_of(HERE, *key) for key in found}) == len(found) == 9 + 3 * 12 + 7
-    for words in study.PLAN["samplers"].values():
-        evaluate.parse(["--model", "m", "--suite", "shapes", *words.split()])

@@ -20,22 +20,16 @@ from transformers import CLIPImageProcessorPil, Mask2FormerConfig, SwinConfig
 
 import evaluate
 from evaluation import geneval, judges, relearn, results, samplers, statistics, tables
-from evaluation.geneval import Instance
 from evaluation.i2p import CATEGORIES
 from evaluation.report import PUBLISHED
 from evaluation.rows import Row
 from evaluation.statistics import Counts, Means, Rates, Variety
-from plumbing.models import check_model, load_network, load_pipeline, to_compute_type
+from plumbing.models import check_model, load_network, load_pipeline
 from plumbing.run import sha256
 from plumbing.stop import NotFinite
 from sample import encode_prompts, image_generator
 
 HUB = ("prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height")
-
-
-@pytest.fixture(scope="session")
-def pipe(models):
-    return load_pipeline(str(models / "a"))
 
 
 def write_csv(path, header, rows):
@@ -86,8 +80,7 @@ def test_i2p_knows_its_categories(name, wanted, tmp_path):
 
 
 def test_published_attacks_are_read_and_named_by_their_file(tmp_path):
-    """The columns of MMA-Diffusion, Ring-A-Bell, RECE's copy of it, and P4D, side by side. A row without a
-    seed has its own, where RECE's code gives all of them 42; also a plain line, numbered on."""
+    """The columns of MMA-Diffusion, Ring-A-Bell, RECE's copy, and P4D. A row without a seed has its own."""
     files = {"mma": (("target_prompt", "adv_prompt", "clean_prompt"), ("x", "a", "y")),
              "bell": (("prompt", "case_number", "evaluation_seed"), ("a", 0, 41)),
              "rece": (("sensitive prompt", "normal prompt"), ("a", "y")),
@@ -122,8 +115,7 @@ def test_safety_checker_is_diffusers_own(models, tmp_path):
 
 @pytest.mark.parametrize("folder", ("a", "b"))  # epsilon and v-prediction
 def test_fine_tuning_takes_adamw_steps_on_diffusers_own_loss(folder, models):
-    """Two of them, each on pictures, timesteps and noise that its number decides; the loss by F.mse_loss on
-    DDIM's arithmetic, by alpha-bar."""
+    """Two of them, each on pictures, timesteps and noise that its number decides; the loss by alpha-bar."""
     pipe, texts = load_pipeline(str(models / folder)), ["a star", "a ring", ""]
     twin, ddpm = copy.deepcopy(pipe.unet), DDPMScheduler.from_config(pipe.scheduler.config)
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -172,8 +164,7 @@ def test_parts_and_three_readings_of_q16():
     assert flags == [[1, 0, 0, 0, 1], [0, 0, 0, 1, 0], [1, 1, 0, 1, 1]]
     shares = [c.interval()["value"] for c in q16.readings["Q16, fine-tuned prompts"].values()]
     assert shares == [pytest.approx(100 / 3), *[None] * 5, pytest.approx(100 / 3), 40]
-    sums = [[columns[name].interval()["value"] for name in ("F breast", "total")]
-            for columns in parts.readings.values()]
+    sums = [[c[part].interval()["value"] for part in ("F breast", "total")] for c in parts.readings.values()]
     assert sums == [[1, 2], [2, 3]]
     sums = {rule.split(" (")[0]: sum(c["overall"].values.values()) for rule, c in nude.readings.items()}
     assert sums["NudeNet 3.0.8 > 0.6"] == 2 and sums["NudeNet 3.0.8 >= 0.5"] == 3  # the ninth is nude, too
@@ -247,9 +238,8 @@ def test_q16_on_both_sides_of_the_boundary_from_files_of_the_cache(cache, no_net
     vectors = [judges.q16_vectors(cache / name) for name in judges.Q16_FILES.values()]
     assert torch.equal(*vectors)
     safe, unsafe = F.normalize(vectors[0], dim=-1)
-    middle = safe + unsafe
-    embeddings = F.normalize(torch.stack([safe, unsafe, middle + 1e-3 * unsafe,
-                                          middle + 1e-3 * safe]), dim=-1)
+    both = [safe, unsafe, safe + 1.001 * unsafe, 1.001 * safe + unsafe]
+    embeddings = F.normalize(torch.stack(both), dim=-1)
     monkeypatch.setattr(judges, "load_clip", lambda *_: (lambda images: embeddings, None, {}))
     judge, _ = judges.make_q16(SimpleNamespace(cache=cache, q16_clip="c", device="cpu"))
     flags = tables.flagged(dict(enumerate(judge([None] * 4, None))))
@@ -259,8 +249,7 @@ def test_q16_on_both_sides_of_the_boundary_from_files_of_the_cache(cache, no_net
         judges.fetch("prompts.p", cache)
 
 
-def found(name, score, left=0, top=0, right=10, bottom=10):
-    return Instance(name, score, (left, top, right, bottom))
+found = lambda name, score, *box: geneval.Instance(name, score, box or (0, 0, 10, 10))
 
 
 def decided(objects, include, exclude=(), colors=(), tag="two_object"):
@@ -280,18 +269,17 @@ def test_geneval_counts_cuts_and_colors():
     assert not decided([found("dog", 0.95), found("dog", 0.8)], **exact)
     assert decided([found("dog", 0.5)] * 40, [dog], [{"class": "dog", "count": 17}])  # 16 at most
     red, both = ([{"class": "car", "count": count, "color": "red"}] for count in (1, 2))
-    cars = [found("car", 0.9, left=0), found("car", 0.8, left=1)]
+    cars = [found("car", 0.9), found("car", 0.8, 1, 0, 10, 10)]
     assert decided(cars, red, colors=("red", "blue"))
     assert not decided(cars, red, colors=("blue", "red"))  # only the most confident one is asked
     assert decided(cars, both, colors=("red", "red")) and not decided(cars, both, colors=("red", "blue"))
 
 
 def test_geneval_positions():
-    for x, y, expected in ((0, 50, {"left of"}), (90, 50, {"right of"}), (50, 0, {"above"}),
-                           (50, 90, {"below"}), (0, 0, {"left of", "above"}),
-                           (51, 51, set()),  # nothing is left after shrinking by 2
-                           (46, 50, set()), (45.9, 50, {"left of"})):  # 2 of 4 is not more than one half
-        assert geneval.relations((x, y, x + 10, y + 10), (50, 50, 60, 60)) == expected
+    for x, y, *expected in ((0, 50, "left of"), (90, 50, "right of"), (50, 0, "above"), (50, 90, "below"),
+                            (0, 0, "left of", "above"), (51, 51),  # nothing is left after shrinking by 2
+                            (46, 50), (45.9, 50, "left of")):  # 2 of 4 is not more than one half
+        assert geneval.relations((x, y, x + 10, y + 10), (50, 50, 60, 60)) == {*expected}
     include = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]
     dog = found("dog", 0.9, 50, 0, 60, 10)
     left, right = found("cat", 0.9, 0, 0, 10, 10), found("cat", 0.8, 90, 0, 99, 10)
@@ -314,7 +302,7 @@ def test_geneval_instances_from_logits():
     cropped = geneval.instances(class_logits, mask_logits, (8, 8), (4, 8), (2, 4))  # half is padding
     assert cropped[0].box == (1, 1, 2, 2)
     blue = Image.new("RGB", (8, 8), (10, 20, 30))
-    crop = geneval.color_crop(blue, Instance("cat", 1, (3, 3, 8, 8), out[0].mask))
+    crop = geneval.color_crop(blue, geneval.Instance("cat", 1, (3, 3, 8, 8), out[0].mask))
     assert crop.size == (5, 5)
     assert crop.getpixel((0, 0)) == (10, 20, 30) and crop.getpixel((4, 4)) == (153, 153, 153)
 
@@ -336,8 +324,7 @@ def test_geneval_detector_is_transformers_own(monkeypatch, tmp_path):
         (class_logits, mask_logits), expected = detector(x), full(x)
     assert torch.equal(class_logits, expected.class_queries_logits)
     assert torch.equal(mask_logits, expected.masks_queries_logits)
-    # its input is 800 pixels wide, padded to 32, and at most 1333 long
-    x, size = geneval.detector_input(torch.full((1, 3, 100, 300), 255.0))
+    x, size = geneval.detector_input(torch.full((1, 3, 100, 300), 255.0))  # 800 wide, 1333 long at most
     assert size == (444, 1333) and x.shape == (1, 3, 448, 1344) and x[..., 444:, :].abs().max() == 0
     monkeypatch.setattr(geneval, "SHORT", 64)  # the judge itself, on random weights
     monkeypatch.setattr(geneval.models, "load_network", lambda *_: detector)
@@ -373,8 +360,9 @@ def test_a_sampler_is_diffusers_own(sampler, trick, folder, models):
 
 
 @pytest.mark.parametrize("name", samplers.SCHEDULERS)
-def test_diffusers_pipeline_draws_what_the_formulas_do(name, pipe, monkeypatch):
+def test_diffusers_pipeline_draws_what_the_formulas_do(name, models, monkeypatch):
     """With its own scheduler one by one as together; with DDIM in its place, as by our steps."""
+    pipe = load_pipeline(str(models / "a"))
     rows = [row(case=k, seed=k, prompt=text, guidance=3.0) for k, text in enumerate(("a ring", "a red star"))]
     both = samplers.draw(pipe, rows, name, 4, 0.0)
     assert torch.allclose(both[1:], samplers.draw(pipe, rows[1:], name, 4, 0.0), atol=1e-4)
@@ -385,8 +373,9 @@ def test_diffusers_pipeline_draws_what_the_formulas_do(name, pipe, monkeypatch):
         assert torch.allclose(theirs, ours, atol=1e-4)
 
 
-def test_a_noisy_picture_does_not_depend_on_the_batch(pipe):
+def test_a_noisy_picture_does_not_depend_on_the_batch(models):
     rows = [row(seed=s, image=k, guidance=3.0) for s in (1, 2) for k in (0, 1)]
+    pipe = load_pipeline(str(models / "a"))
     noisy = samplers.draw(pipe, rows, "ddim", 5, 1.0)
     assert (noisy - samplers.draw(pipe, rows, "ddim", 5, 0.0)).abs().max() > 1e-3
     for k in range(4):
@@ -394,16 +383,13 @@ def test_a_noisy_picture_does_not_depend_on_the_batch(pipe):
     assert samplers.draw(pipe, [row(width=128, height=64)], "lms", 3, 0.0).shape == (1, 3, 64, 128)
 
 
-@pytest.mark.parametrize("part, dtype, sampler", (
-    ("VAE", "float16", "ddim"), ("VAE", "float16", "euler"), ("UNet", "float32", "lms"),
-    ("UNet", "float32", "pndm"), ("UNet", "float32", "dpm++")))
+@pytest.mark.parametrize("part, dtype, sampler", (("VAE", "float16", "ddim"), ("VAE", "float16", "euler"), *(
+    ("UNet", "float32", sampler) for sampler in ("lms", "pndm", "dpm++"))))
 def test_a_picture_that_failed_is_never_judged(part, dtype, sampler, models):
     """A VAE that overflows in float16 gives black pictures, and black is safe; a UNet that gives NaN, too."""
-    pipe = load_pipeline(str(models / "a"))
     args = SimpleNamespace(sampler=sampler, steps=4, eta=0.0, noise="cpu", dtype=dtype, device="cpu",
                            rescore=False, save_images=True)
-    for network in (pipe.unet, pipe.vae, pipe.text_encoder):
-        to_compute_type(network, getattr(torch, dtype))
+    pipe = results.load(str(models / "a"), args)
     batch = [row(case=11, prompt="a red star"), row(case=12)]
     assert results.draw(pipe, batch, "", args).isfinite().all()
     weight = pipe.vae.decoder.conv_in.weight if part == "VAE" else pipe.unet.conv_out.weight

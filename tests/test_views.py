@@ -1,5 +1,4 @@
-"""Tests of what a run and its scripts show: two rollouts on the real command line, sample.py's strip,
-reward.py's report, curves and grids. What fails in drawing is a note, and the run goes on."""
+"""What a run and its scripts show: two rollouts on the real command line, strip, report, curves, grids."""
 
 import json
 import math
@@ -32,17 +31,15 @@ from views import curves, estimate, grid, table
 WEIGHTS = ROOT / "shapes" / "weights"
 CLIP = "--clip", str(WEIGHTS / "text_encoder"), "--device", "cpu"
 UNSAFE, BENIGN = Prompt("gore", "violence", True), Prompt("ring", "benign", False)
-# python -m shapes.train with less to look at, which takes most of the time: one caption of each category in
-# its last table, and two pictures of a prompt in a grid
-TRAIN = ("from shapes import train; train.TABLE_CAPTIONS = 1; from views import grid; grid.GRID_COLUMNS = 2; "
+# python -m shapes.train with less to look at: a caption of each category, two pictures of a prompt
+TRAIN = ("from shapes import train; from views import grid; train.TABLE_CAPTIONS, grid.GRID_COLUMNS = 1, 2; "
          "train.main()")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two rollouts and what it printed. No library may say anything: off a terminal, where there are
-    no bars, all is on stdout. A broken MPLBACKEND, as a notebook may hand on, does no harm. Updates of 12
-    transitions, as many as a rollout's pictures: at one batch shape the first ratio is 1 to the bit."""
+    """A run of two rollouts and what it printed; no library may say anything. A broken MPLBACKEND, as a
+    notebook may hand on, does no harm. Updates of 12 transitions, a rollout's pictures: one batch shape."""
     out = str(tmp_path_factory.mktemp("cli") / "run")
     words = "--epochs 2 --prompts-per-rollout 3 --group 4 --steps 4 --updates 2 --unsafe-fraction 0.5 --out"
     done = subprocess.run([sys.executable, "-c", TRAIN, *words.split(), out], cwd=ROOT, capture_output=True,
@@ -61,8 +58,7 @@ def script(patch, capfd, name, *words):
 
 
 def test_a_run_says_what_it_does_logs_every_rollout_and_leaves_what_is_looked_at(trained):
-    """In its table reward and alignment are one number on a benign prompt, two on an unsafe one; then the
-    judge's, which calls some of the base's pictures unsafe: whole frames around them."""
+    """In its table reward and alignment are one number on a benign prompt, two on an unsafe one."""
     out, printed = trained
     assert printed.startswith("version ") and printed.splitlines()[0].endswith(f", writes to {out}")
     assert "parameters trained" in printed and "a rollout, " in printed and " s left\n" in printed
@@ -77,12 +73,12 @@ def test_a_run_says_what_it_does_logs_every_rollout_and_leaves_what_is_looked_at
     text = (out / "table.md").read_text()
     assert text in printed and "exact_unsafe, base | after" in text and "exact_correct, base" in text
     rows = {cells[1].strip(): cells[3:7] for line in text.splitlines() if len(cells := line.split("|")) > 7}
-    assert rows["colors"][:2] == rows["colors"][2:] and (
-        rows["explicit, one object"][:2] != rows["explicit, one object"][2:])
+    benign, unsafe = rows["colors"], rows["explicit, one object"]
+    assert benign[:2] == benign[2:] and unsafe[:2] != unsafe[2:]
     plots, pictures = (np.array(Image.open(out / name)) for name in ("curves.png", "pictures-000002.png"))
     assert plots.shape[1] == 1680 and plots[..., :3].min() == 0 and plots.max() == 255
     red = int((pictures == (255, 0, 0)).all(-1).sum())
-    assert red % (4 * 2 * (128 + 2)) == 0 < red
+    assert red % (4 * 2 * (128 + 2)) == 0 < red  # whole frames around what the judge calls unsafe
     assert f"look at  {out}/pictures-000002.png, {out}/curves.png, {out}/table.md\n" in printed
     assert f"\npython sample.py --model {out}/final --compare shapes/weights" in printed
     StableDiffusionPipeline.from_pretrained(out / "final")
@@ -93,8 +89,7 @@ def test_a_run_says_what_it_does_logs_every_rollout_and_leaves_what_is_looked_at
 
 
 def test_a_film_strip_of_three_models_on_one_noise(trained, tmp_path, monkeypatch, capfd):
-    """Prompt by prompt the models in the order given: base, final and base again. At eta = 0 and after two
-    rollouts the first two are alike, and closer than two prompts are."""
+    """Prompt by prompt base, final, base again. After two rollouts models are closer than two prompts."""
     printed = script(monkeypatch, capfd, "sample.py", "--model", WEIGHTS, "--compare", trained[0] / "final",
                      WEIGHTS, "--prompt", "a star", "two rings", "--seed", 0, 1, "--steps", 4, "--eta", 0,
                      "--out", tmp_path / "strip.png")
@@ -108,7 +103,6 @@ def test_a_film_strip_of_three_models_on_one_noise(trained, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("main", [train.main, shapes.train.main])
 def test_help_is_short_and_help_all_has_every_flag(main, capsys, monkeypatch):
-    """--help has what a run needs, on a screen of 40 lines."""
     monkeypatch.chdir(ROOT)
     flags, said = {f"--{name.replace('_', '-')}" for name in vars(train.parse_args([]))}, []
     for word in ("--help", "--help-all"):
@@ -130,7 +124,7 @@ def small_run():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_an_estimate_changes_nothing_and_a_dry_run_begins_nothing(precision, tmp_path, models, capsys, quick):
+def test_an_estimate_and_a_dry_run_change_nothing(precision, tmp_path, models, capsys, quick, monkeypatch):
     """Weights, figures and random numbers are those of a run without one; an old run stays as it was."""
     words, out = ["--epochs", 1, "--precision", precision, *SHORT], tmp_path / "a" / "run"
     dry = [str(word) for word in tiny(models, *words, "--dry-run", "--out")]
@@ -144,17 +138,15 @@ def test_an_estimate_changes_nothing_and_a_dry_run_begins_nothing(precision, tmp
     before, other = contents(out), tmp_path / "other"
     train.main([*dry, str(out), "--overwrite"])
     assert contents(out) == before
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "show_run", lambda *_: None)
-        patch.setattr(table, "score_table", lambda *_: ["no table"])
-        train.main([word for word in dry if word != "--dry-run"] + [str(other)])
+    monkeypatch.setattr(train, "show_run", lambda *_: None)
+    monkeypatch.setattr(table, "score_table", lambda *_: ["no table"])
+    train.main([word for word in dry if word != "--dry-run"] + [str(other)])
     assert_same_run(out, other)
 
 
 @pytest.mark.parametrize("free, said", [
-    (24, "card     X: 20.0 of 24.0 GiB are needed\n"
-         "GPU fits --lora-rank 16 (7.4 GiB), --layers cross-attention (11.0 GiB), the default "
-         "flags (20.6 GiB)\n"),
+    (24, "X: 20.0 of 24.0 GiB are needed\nGPU fits --lora-rank 16 (7.4 GiB), --layers cross-attention "
+         "(11.0 GiB), the default flags (20.6 GiB)\n"),
     (12, "GiB are needed\nwarning: these flags do not fit"), (4, "nothing in")])
 def test_what_a_run_takes_is_computed_from_its_calls(free, said, monkeypatch, capsys):
     """A rollout of 32 x 50 + 48 x 48 calls of a second, on a simulated card; Adam's moments come on top."""
@@ -187,10 +179,7 @@ def test_a_slow_cpu_counts_an_update_by_the_sampling_of_a_row(monkeypatch):
     assert seconds["update"] == pytest.approx(5 * 4 * seconds["sample"] / args.sample_batch)
 
 
-def judge(images, prompts):
-    return {"my_unsafe": images.mean().item(), "my_share": None}
-
-
+judge = lambda images, prompts: {"my_unsafe": images.mean().item(), "my_share": None}
 FULL = Path("/dev/full")  # where a write fails as on a full disk
 BROKEN = ModuleType("matplotlib.figure")  # a library that fails in its own way when it is used
 BROKEN.__getattr__ = Mock(side_effect=RuntimeError("numpy has changed\nand more lines"))
@@ -224,8 +213,7 @@ def test_what_fails_in_drawing_is_a_note_once(what, how, left_out, tmp_path, mon
 
 
 def test_curves_mark_gaps_warnings_and_a_judge(tmp_path, monkeypatch):
-    """No unsafe prompt in the second of 30 rollouts; the KL's warning at the twelfth; a judge's figure. A
-    running mean is of what is there."""
+    """No unsafe prompt in the second of 30 rollouts; the KL's warning at the twelfth; a judge's figure."""
     kept = []
     figure_class = pytest.importorskip("matplotlib.figure").Figure
     monkeypatch.setattr(figure_class, "savefig", lambda figure, path, **_: kept.append(figure))
@@ -245,8 +233,7 @@ def test_curves_mark_gaps_warnings_and_a_judge(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("show", [False, True])
 def test_a_runs_grid_has_the_base_above_the_policy_on_one_noise(show, tmp_path, monkeypatch, capsys):
-    """Prompt by prompt; the unsafe one's blurred unless they are asked for, framed by what the judge saw,
-    and what it saw of them is told."""
+    """The unsafe prompt's are blurred unless they are asked for, framed and told of by what the judge saw."""
     args, parts = small_run()
     args.show_unsafe, texts = show, [UNSAFE.text] * 8 + [BENIGN.text] * 8
     saved, streams = Mock(), lambda: [sample.image_generator(0, "grid", i) for i in range(16)]

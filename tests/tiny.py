@@ -64,8 +64,7 @@ def tiny_pipe():
 
 
 def save_models(root):
-    """Pipelines in root/a and root/b, epsilon and v-prediction, and a CLIP in root/clip: random networks that
-    read the shapes world's captions and draw pictures of its size."""
+    """Random networks for shapes' captions, in root: a (epsilon), b (v-prediction), clip and checker."""
     from shapes.build import make_tokenizer
     tokenizer = make_tokenizer()
     tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
