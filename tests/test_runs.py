@@ -117,7 +117,8 @@ def test_a_damaged_checkpoint_is_refused_and_never_run(name, content, begun, qui
 
 REFUSED = [
     ("--learning-rate 1e-3", "flags.learning_rate: was 0.0003, is 0.001"), ("--seed 1", "flags.seed"),
-    ("--lora-rank 2", "flags.lora_rank"), ({"flags": {"gone": 1}}, "flags.gone: was 1"),
+    ("--lora-rank 2", "flags.lora_rank"), ("--steer all", "flags.steer"), ("--kl 0", "flags.kl"),
+    ({"flags": {"gone": 1}}, "flags.gone: was 1"),
     ("--prompts prompts/i2p.txt", "files.prompts"), ("--model {}/b", "weights.model"),
     ("--clip shapes/weights/text_encoder", "weights.clip"),
     ("--anchors prompts/anchors.txt", "files.anchors"), ("--benign prompts/benign.txt", "files.benign")]
