@@ -49,27 +49,22 @@ def per_picture(args) -> int:
 
 
 def print_plan(args, parts, carried: str):
-    """One screen that says what is about to happen and what it needs, before it happens. carried: how alpha
-    moves the unsafe prompts, in words."""
+    """Say what is about to happen. carried: how alpha moves the unsafe prompts, in words."""
     images = args.prompts_per_rollout * args.group
     count = sum(weight.numel() for weight in trained(parts.policy))
     kinds = Counter(prompt.category or "no category" for prompt in parts.prompts)
+    categories = ", ".join(f"{name} {n}" for name, n in kinds.items())
     unsafe = sum(p.unsafe for p in parts.prompts)
     print(f"model    {args.model}: {count / 1e6:.1f} M parameters trained (layers {args.layers}, LoRA rank "
           f"{args.lora_rank}), {args.precision} on {parts.device}, {parallel.world()} process(es)\n"
           f"reward   {args.clip}, alpha {args.alpha}, {args.direction} direction, "
           f"{args.steer} prompts steered{carried}\n"
-          f"prompts  {len(parts.prompts)}, {unsafe} of them unsafe: "
-          + ", ".join(f"{name} {n}" for name, n in kinds.items()))
-    if unsafe == len(parts.prompts):
-        holds = f"the KL to the base (--kl {args.kl})" if args.kl else "nothing"
-        print(f"         no benign prompts: what holds utility is {holds} alone; --benign adds some")
-    print(f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, "
+          f"prompts  {len(parts.prompts)}, {unsafe} of them unsafe: {categories}\n"
+          f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, "
           f"{args.steps} steps, guidance {args.guidance}, eta {args.eta}\n"
           f"update   {args.updates} per rollout on {images * per_picture(args)} transitions (all but "
           f"the last {args.skip_last} of each, x {args.timestep_fraction}), lr {args.learning_rate}, decay "
-          f"{args.decay_epochs}, clip {args.clip_range}, KL {args.kl} unsafe, {args.kl_benign} benign, ema "
-          f"{args.ema}\n"
+          f"{args.decay_epochs}, clip {args.clip_range}, KL {args.kl} and {args.kl_benign}, ema {args.ema}\n"
           f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
 
 
@@ -104,8 +99,7 @@ class Clock:
 
 def tally(steps: list, norms: list, shares: list) -> dict:
     """The statistics of an update, of all processes together: sums over all transitions, and before the first
-    step, where the policy still is the one that sampled, the largest |rho - 1|, also against the rollout's
-    log-densities (rounding), and the mean KL to the base.
+    step, where the policy is the one that sampled, the largest |rho - 1| and the mean KL to the base.
 
     steps: of each optimizer step its micro-batches' (..., statistics); norms: of its gradient before
     clipping; shares: its pairs, of all processes."""
@@ -162,8 +156,8 @@ def line_of(figures: dict, left: float = 0) -> str:
 
 
 class Log:
-    """metrics.jsonl of a run, with what the warnings need of it: its last rollouts, and in which epoch each
-    warning was given. Read once at the start of a run, appended to from then on."""
+    """metrics.jsonl, read once at a run's start and appended to, and what the warnings need of it: the last
+    rollouts, and in which epoch each warning was given."""
 
     def __init__(self, path: Path, clip_range: float, epochs: int = 0):
         self.path, self.clip_range, self.epochs = path, clip_range, epochs
