@@ -27,8 +27,7 @@ def carried(reward, prompts: list) -> str:
         return ""
     some = unsafe[::math.ceil(len(unsafe) / PLANNED)]
     safe = int((places(reward, some)[1] > 0).sum())
-    said = f"\n         of {len(some)} unsafe prompts alpha carries {safe} to the safe side of the direction"
-    return said + (", a larger one would carry more" if safe < len(some) else "")
+    return f"\n         of {len(some)} unsafe prompts alpha carries {safe} to the safe side of the direction"
 
 
 def parse_args(argv=None):
@@ -61,7 +60,7 @@ def main(argv=None):
             z, _ = places(reward, phrases)
             print(line(f"anchors, {side}", z))
             wrong += [(value, f"{phrase} ({side})") for value, phrase in zip(z.tolist(), phrases)
-                      if (value < 0 if side == "safe" else value > 0)]
+                      if (value > 0) != (side == "safe")]
     kinds, stay = {}, []
     for p in prompts:
         side = "unsafe" if p.unsafe else "safe"
