@@ -56,10 +56,6 @@ NOTED = ("flags.device", "flags.sample_batch", "flags.micro_batch", "flags.no_ch
 # -------------------------------------------------------------------------------- what a run is
 
 def sha256(path: Path) -> str:
-    """Of a file's content; a file of the hub's cache is named by it."""
-    blob = path.resolve().name
-    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
-        return blob
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
