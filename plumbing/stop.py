@@ -165,5 +165,5 @@ def first_trouble(policy, watched: list, names: list) -> str:
             at = [f"{names[image]}, transition {step}"
                   for image, step in (pairs[bad] if bad.any() else pairs).tolist()]
             return "the loss is not finite: " + "; or ".join(at[:NAMED]) + "; or more" * (len(at) > NAMED)
-    bad = (name for name, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-    return f"the gradient of {next(bad)} is not finite"
+    grads = ((name, p.grad) for name, p in policy.named_parameters() if p.grad is not None)
+    return f"the gradient of {next(name for name, grad in grads if not grad.isfinite().all())} is not finite"
