@@ -37,14 +37,10 @@ def local_folder(flag: str, name: str) -> Path | None:
     whole, _, subfolder = name.rpartition(":")
     if not whole or Path(name).is_dir():  # a folder's own name may hold colons
         whole, subfolder = name, ""
-    if Path(whole).suffix == ".part":
-        raise ValueError(f"{flag} {whole}: not finished, or half removed; give a whole checkpoint")
     if Path(whole).is_dir():
         return Path(whole) / subfolder
-    if Path(whole).is_file():
-        raise ValueError(f"{flag} {whole}: a file; a pickle can run code. Give a folder with safetensors")
     if whole.startswith((".", "/", "~")) or whole.count("/") != 1 or Path(whole).parent.is_dir():
-        raise ValueError(f"{flag} {name}: no such folder")
+        raise ValueError(f"{flag} {name}: no such folder, and a file is not opened, as a pickle can run code")
     return None
 
 
@@ -92,8 +88,8 @@ def check_model(flag: str, model: str):
     index = read_json(folder / "model_index.json")
     for part, known in CLASSES.items():
         if f"'{known}" not in str(index.get(part)) or not (folder / part).is_dir():
-            raise ValueError(f"{flag} {model}: its {part} is {index.get(part)}, which has to be a folder with "
-                             f"a {known}, as in Stable Diffusion 1.x and 2.x")
+            raise ValueError(f"{flag} {model}: its {part} is {index.get(part)}, and has to be a folder with a "
+                             f"{known}, as in Stable Diffusion 1.x and 2.x")
     if code := next(folder.rglob("*.py"), None):
         raise ValueError(f"{flag} {model} brings code of its own ({code.name}), which diffusers would run")
     for part in NETWORKS:
