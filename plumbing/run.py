@@ -1,16 +1,13 @@
 """The run folder: what a run is, checkpoints whole or absent, a run continued exactly.
 
     runs/NAME/flags.json               all flags, and the run's identity
-             /metrics.jsonl            one object per rollout
-             /curves.png, pictures-000010.png, table.md
+             /metrics.jsonl, curves.png, pictures-000010.png, table.md
              /base/                    the pipeline that the run started from, without its UNet
-             /checkpoint-000020/       a pipeline: the UNet that final/ would have, else base/
+             /checkpoint-000020/       a pipeline: the UNet that final/ would have, else base/; under LoRA
+                                       diffusers' pytorch_lora_weights.safetensors alone
                                /training.pt     optimizer; under --ema the policy; read with weights_only=True
                                /state.json      epoch, flags, identity, the model that the run started from
-             /final/                   the last checkpoint without the last two files, and its model card
-
-Under --lora-rank a checkpoint has diffusers' pytorch_lora_weights.safetensors in place of the pipeline, and
-final/ has the adapters merged.
+             /final/                   the last checkpoint, merged, without the last two files; its model card
 
 Every random number comes from (seed, epoch, ...), so weights, optimizer state and epoch are the whole state:
 after a kill at any instant, --resume ends with the undisturbed run's bits (on a CPU). A folder *.part is
