@@ -99,7 +99,8 @@ class Clock:
 
 def tally(steps: list, norms: list, shares: list) -> dict:
     """The statistics of an update, of all processes together: sums over all transitions, and before the first
-    step, where the policy is the one that sampled, the largest |rho - 1| and the mean KL to the base.
+    step, where the policy still is the one that sampled, the largest |rho - 1|, also against the rollout's
+    log-densities (rounding), and the mean KL to the base.
 
     steps: of each optimizer step its micro-batches' (..., statistics); norms: of its gradient before
     clipping; shares: its pairs, of all processes."""

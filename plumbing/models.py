@@ -40,7 +40,7 @@ def local_folder(flag: str, name: str) -> Path | None:
     if Path(whole).is_dir():
         return Path(whole) / subfolder
     if whole.startswith((".", "/", "~")) or whole.count("/") != 1 or Path(whole).parent.is_dir():
-        raise ValueError(f"{flag} {name}: no such folder, and a file is not opened, as a pickle can run code")
+        raise ValueError(f"{flag} {name}: no such folder (a file is not opened: a pickle can run code)")
     return None
 
 

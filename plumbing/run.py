@@ -11,7 +11,7 @@
 
 Every random number comes from (seed, epoch, ...), so weights, optimizer state and epoch are the whole state:
 after a kill at any instant, --resume ends with the undisturbed run's bits (on a CPU). A folder *.part is
-unfinished, or half removed, and never read.
+unfinished, or half removed, and no checkpoint.
 """
 
 import hashlib
