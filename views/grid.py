@@ -51,10 +51,9 @@ def save_grid(images, path, columns: int, row_labels=(), column_labels=(), capti
         pen.text((4, top + max(0, height - line * len(label)) // 2), "\n".join(label), "black", font)
     for i, pixels in enumerate((images * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()):
         x, top = left + i % columns * (width + gap), tops[i // columns]
-        sheet.paste(Image.fromarray(pixels), (x, top))
         if framed is not None and framed[i]:
-            pen.rectangle((x - edge, top - edge, x + width + edge - 1, top + height + edge - 1), None, "red",
-                          edge)
+            sheet.paste("red", (x - edge, top - edge, x + width + edge, top + height + edge))
+        sheet.paste(Image.fromarray(pixels), (x, top))
     sheet.save(path)
 
 
