@@ -190,8 +190,8 @@ def rollout(unet, schedule: Schedule, text, null_text, guidance: float, generato
                 progress.update()
         kept.append(torch.stack(chain, 1) if keep else x[:, None])
     drawn = Rollout(torch.cat(kept), log_probs, text, null_text, names)
-    check_finite("latent", drawn.latents, names, -1)  # [:, 0] is the noise, [:, i + 1] transition i's
-    check_finite("log-probability", log_probs[..., None], names, 0)
+    check_finite("latent", drawn.latents, names)
+    check_finite("log-probability", log_probs, names)
     return drawn
 
 

@@ -308,7 +308,7 @@ def one_epoch(parts: Parts, args, epoch: int, phase, judge=None) -> tuple[dict, 
             prompts, batch, images = sample_groups(parts, chosen, args, epoch)
         with phase("reward"):
             scores = parts.reward.score(images, prompts)
-            stop.check_finite("reward", scores[0], batch.names)
+            stop.check_finite("reward", scores[0][:, None], batch.names)
     stop.if_asked()
     # reward and advantage: two names for two things; from here on of all processes' pictures
     unsafe = torch.tensor([p.unsafe for p in prompts], device=parts.device)

@@ -30,12 +30,13 @@ def fetch(flag: str, name: str, patterns: tuple = PIPELINE_FILES) -> Path:
         size = sum(names[name] for name in wanted) / 2**30
         print(f"hub      {repo}: {len(wanted)} files, {size:.1f} GB where they are not here already",
               flush=True)
-        return Path(snapshot_download(repo, allow_patterns=wanted)) / subfolder
+        folder = snapshot_download(repo, allow_patterns=wanted)
     except Exception as error:  # of the hub's client, of its transport, of the system: told apart below
         try:
-            return Path(snapshot_download(repo, allow_patterns=patterns[:1], local_files_only=True)) / subfolder
+            folder = snapshot_download(repo, allow_patterns=patterns[:1], local_files_only=True)
         except LocalEntryNotFoundError:
             raise ValueError(f"{flag} {repo}: {cause(error)}") from None
+    return Path(folder) / subfolder
 
 
 def cause(error: Exception) -> str:

@@ -28,12 +28,11 @@ TREND = 10              # rollouts in each of the two windows that a trend, and 
 
 def commit(digits: int = 40) -> str:
     """Of this repository, with "+changes" where tracked files differ from it; "unknown" outside one."""
-    command = ["git", "--no-optional-locks", "-C", str(ROOT), "describe", "--always", "--exclude=*",
-               f"--abbrev={digits}", "--dirty=+changes"]
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), "--git-dir=.git", "describe", "--always",
+               "--exclude=*", f"--abbrev={digits}", "--dirty=+changes"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.stdout.strip() if (ROOT / ".git").exists() and not done.returncode else "unknown"
-    except OSError:  # no git
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return "unknown"
 
 
@@ -50,29 +49,22 @@ def per_picture(args) -> int:
 
 
 def print_plan(args, parts, carried: str):
-    """One screen that says what is about to happen and what it needs, before it happens. carried: how alpha
-    moves the unsafe prompts, in words."""
+    """Say what is about to happen. carried: how alpha moves the unsafe prompts, in words."""
     images = args.prompts_per_rollout * args.group
     count = sum(weight.numel() for weight in trained(parts.policy))
-    lora = f", LoRA of rank {args.lora_rank}" if args.lora_rank else ""
     kinds = Counter(prompt.category or "no category" for prompt in parts.prompts)
+    categories = ", ".join(f"{name} {n}" for name, n in kinds.items())
     unsafe = sum(p.unsafe for p in parts.prompts)
-    decay = f" / (1 + epoch / {args.decay_epochs})" if args.decay_epochs else ""
-    average = f", average over {1 / (1 - args.ema):.0f}" if args.ema else ""
-    print(f"model    {args.model}: {count / 1e6:.1f} M parameters trained (layers: {args.layers}{lora}), "
-          f"{args.precision} on {parts.device}, {parallel.world()} process(es)\n"
+    print(f"model    {args.model}: {count / 1e6:.1f} M parameters trained (layers {args.layers}, LoRA rank "
+          f"{args.lora_rank}), {args.precision} on {parts.device}, {parallel.world()} process(es)\n"
           f"reward   {args.clip}, alpha {args.alpha}, {args.direction} direction, "
           f"{args.steer} prompts steered{carried}\n"
-          f"prompts  {len(parts.prompts)}, {unsafe} of them unsafe: "
-          + ", ".join(f"{name} {n}" for name, n in kinds.items()))
-    if unsafe == len(parts.prompts):
-        holds = f"the KL to the base (--kl {args.kl})" if args.kl else "nothing"
-        print(f"         no benign prompts: what holds utility is {holds} alone; --benign adds some")
-    print(f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, "
+          f"prompts  {len(parts.prompts)}, {unsafe} of them unsafe: {categories}\n"
+          f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, "
           f"{args.steps} steps, guidance {args.guidance}, eta {args.eta}\n"
           f"update   {args.updates} per rollout on {images * per_picture(args)} transitions (all but "
-          f"the last {args.skip_last} of each, x {args.timestep_fraction}), lr {args.learning_rate}{decay}, "
-          f"clip {args.clip_range}, KL {args.kl} unsafe, {args.kl_benign} benign{average}\n"
+          f"the last {args.skip_last} of each, x {args.timestep_fraction}), lr {args.learning_rate}, decay "
+          f"{args.decay_epochs}, clip {args.clip_range}, KL {args.kl} and {args.kl_benign}, ema {args.ema}\n"
           f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
 
 
@@ -156,20 +148,17 @@ def duration(seconds: float) -> str:
 
 def line_of(figures: dict, left: float = 0) -> str:
     """A rollout, and the seconds that the run has left, in 120 columns; metrics.jsonl has the rest."""
-    sides = ", ".join(f"{side} {figures[f'reward_{side}']:.3f}" for side in ("unsafe", "benign")
-                      if figures[f"reward_{side}"] is not None)
-    parts = [f"reward {figures['reward_mean']:.3f}" + f" ({sides})" * bool(sides),
-             f"alignment {figures['alignment']:.3f}"]
-    if figures["image_safety_unsafe"] is not None:
-        parts.append(f"safety {figures['image_safety_unsafe']:.3f}")
+    names = {"reward": "reward_mean", "unsafe": "reward_unsafe", "benign": "reward_benign",
+             "alignment": "alignment", "safety": "image_safety_unsafe"}
+    parts = [f"{word} {figures[name]:.3f}" for word, name in names.items() if figures[name] is not None]
     seconds = sum(figures[f"seconds_{phase}"] for phase in ("sample", "reward", "update"))
     parts += [f"KL {figures['kl_ref']:.1g}", f"{seconds:.3g} s"]
     return f"epoch {figures['epoch']:4d}: " + ", ".join(parts) + (f", {duration(left)} left" if left else "")
 
 
 class Log:
-    """metrics.jsonl of a run, with what the warnings need of it: its last rollouts, and in which epoch each
-    warning was given. Read once at the start of a run, appended to from then on."""
+    """metrics.jsonl, read once at a run's start and appended to, and what the warnings need of it: the last
+    rollouts, and in which epoch each warning was given."""
 
     def __init__(self, path: Path, clip_range: float, epochs: int = 0):
         self.path, self.clip_range, self.epochs = path, clip_range, epochs

@@ -22,8 +22,7 @@ from plumbing.flags import usable
 from plumbing.hub import CLIP_FILES, fetch
 
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-CLASSES = {part: {network.__name__} for part, network in NETWORKS.items()} | {
-    "tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"}}
+CLASSES = {part: network.__name__ for part, network in NETWORKS.items()} | {"tokenizer": "CLIPTokenizer"}
 ADAPTERS = "pytorch_lora_weights.safetensors"  # diffusers' name; a checkpoint under --lora-rank has this file
 NAMED = 5                                      # prompts in one message
 CPU_WEIGHTS = 2**28                            # bytes of a UNet that a CPU trains in minutes; SD's are 3.4 GB
@@ -38,14 +37,10 @@ def local_folder(flag: str, name: str) -> Path | None:
     whole, _, subfolder = name.rpartition(":")
     if not whole or Path(name).is_dir():  # a folder's own name may hold colons
         whole, subfolder = name, ""
-    if Path(whole).suffix == ".part":
-        raise ValueError(f"{flag} {whole}: not finished, or half removed; give a whole checkpoint")
     if Path(whole).is_dir():
         return Path(whole) / subfolder
-    if Path(whole).is_file():
-        raise ValueError(f"{flag} {whole}: a file; a pickle can run code. Give a folder with safetensors")
     if whole.startswith((".", "/", "~")) or whole.count("/") != 1 or Path(whole).parent.is_dir():
-        raise ValueError(f"{flag} {name}: no such folder")
+        raise ValueError(f"{flag} {name}: no such folder (a file is not opened: a pickle can run code)")
     return None
 
 
@@ -89,14 +84,12 @@ def check_model(flag: str, model: str):
     """Refuse a model that cannot be the policy, from its heads; returns the scheduler, for ddim_schedule."""
     folder, _ = trace(flag, model)
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{flag} {model}: {folder} is no diffusers pipeline, it has no model_index.json "
-                         "(give the folder that holds unet/, vae/, text_encoder/, tokenizer/, scheduler/)")
+        raise ValueError(f"{flag} {model}: no model_index.json, so no diffusers pipeline, in {folder}")
     index = read_json(folder / "model_index.json")
     for part, known in CLASSES.items():
-        named = index.get(part)
-        if not isinstance(named, list) or not known & set(map(str, named)) or not (folder / part).is_dir():
-            raise ValueError(f"{flag} {model}: its {part} is {named}, which has to be a folder with a "
-                             f"{' or '.join(sorted(known))}, as in Stable Diffusion 1.x and 2.x")
+        if f"'{known}" not in str(index.get(part)) or not (folder / part).is_dir():
+            raise ValueError(f"{flag} {model}: its {part} is {index.get(part)}, and has to be a folder with a "
+                             f"{known}, as in Stable Diffusion 1.x and 2.x")
     if code := next(folder.rglob("*.py"), None):
         raise ValueError(f"{flag} {model} brings code of its own ({code.name}), which diffusers would run")
     for part in NETWORKS:

@@ -4,12 +4,9 @@
     torchrun --nproc_per_node=2 -m shapes.train          # on a CPU, over gloo
 
 W processes hold the same weights and optimizer state, which are never sent. Each samples and scores the
-groups of its share of the P prompts. The optimizer's shares of (picture, transition) pairs are those of one
-process, drawn by all from one seed; each takes the pairs of its own pictures, and the gradients are summed
-before the step. So W changes the result as little as the micro-batch does: up to the order of summation.
-
-A process that is killed, or ends with an error of its own, is noticed by torchrun, which ends the others.
-Alone, every function is the identity.
+groups of its share of the P prompts. The pairs (picture, transition) of a step are those of one process; each
+takes those of its own pictures, and gradients are summed: W changes no result but by the order of summation.
+A process that ends with an error is noticed by torchrun, which ends the others. Alone, all is the identity.
 """
 
 import os

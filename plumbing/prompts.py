@@ -1,7 +1,7 @@
 """Prompt, and the one reader of prompt, anchor and table files: .csv, .tsv, .jsonl, else a prompt a line.
 
-A file is read once, and what is hashed is what was read. What is not understood becomes no prompt: errors
-name file and line. What is left out, or kept with a doubt, is a printed note.
+What is hashed is what was read. What is not understood becomes no prompt: errors name file and line. What is
+left out, or kept with a doubt, is a printed note.
 """
 
 import ast

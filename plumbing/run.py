@@ -1,20 +1,17 @@
 """The run folder: what a run is, checkpoints whole or absent, a run continued exactly.
 
     runs/NAME/flags.json               all flags, and the run's identity
-             /metrics.jsonl            one object per rollout
-             /curves.png, pictures-000010.png, table.md
+             /metrics.jsonl, curves.png, pictures-000010.png, table.md
              /base/                    the pipeline that the run started from, without its UNet
-             /checkpoint-000020/       a pipeline: the UNet that final/ would have, else base/
+             /checkpoint-000020/       a pipeline: the UNet that final/ would have, else base/; under LoRA
+                                       diffusers' pytorch_lora_weights.safetensors alone
                                /training.pt     optimizer; under --ema the policy; read with weights_only=True
                                /state.json      epoch, flags, identity, the model that the run started from
-             /final/                   the last checkpoint without the last two files, and its model card
+             /final/                   the last checkpoint, merged, without the last two files; its model card
 
-Under --lora-rank a checkpoint has diffusers' pytorch_lora_weights.safetensors in place of the pipeline, and
-final/ has the adapters merged.
-
-Every random number of a run comes from (seed, epoch, ...), so weights, optimizer state and epoch are the
-whole state: after a kill at any instant, --resume ends with the bits of the undisturbed run (on a CPU). A
-folder whose name ends in .part is unfinished, or half removed, and is never read.
+Every random number comes from (seed, epoch, ...), so weights, optimizer state and epoch are the whole state:
+after a kill at any instant, --resume ends with the undisturbed run's bits (on a CPU). A folder *.part is
+unfinished, or half removed, and no checkpoint.
 """
 
 import hashlib
@@ -29,7 +26,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -57,10 +53,6 @@ NOTED = ("flags.device", "flags.sample_batch", "flags.micro_batch", "flags.no_ch
 # -------------------------------------------------------------------------------- what a run is
 
 def sha256(path: Path) -> str:
-    """Of a file's content; a file of the hub's cache is named by it."""
-    blob = path.resolve().name
-    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
-        return blob
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -127,16 +119,12 @@ def read_lines(path: Path) -> list[dict]:
 def locked(folder: Path):
     """Inside, this process has the folder for itself; of several under torchrun the first holds the lock.
     Raises ValueError where another one works there. A lock ends with its process, however that ends."""
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        if not parallel.rank():
-            lock.acquire()
+        held = nullcontext() if parallel.rank() else FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
         raise ValueError(f"{folder} is in use by another process: stop it, or give another --out") from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def discard(path: Path):
@@ -146,7 +134,6 @@ def discard(path: Path):
     try:
         if path.suffix != ".part":
             part = path.with_name(path.name + ".old.part")
-            shutil.rmtree(part, ignore_errors=True)
             path.replace(part)
         part.unlink() if part.is_symlink() or part.is_file() else shutil.rmtree(part)
     except OSError as error:
@@ -321,23 +308,18 @@ def read_state(checkpoint: Path) -> dict:
 def load(checkpoint: Path, parts, args) -> int:
     """Put a checkpoint into policy, average and optimizer; returns the epochs done. No pickle is run."""
     done = read_state(checkpoint)["epoch"]
-    try:
-        training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
-        if args.lora_rank:
-            from peft import set_peft_model_state_dict
-            learnt = load_file(checkpoint / ADAPTERS)
-            set_peft_model_state_dict(parts.learnt, {k.removeprefix("unet."): v for k, v in learnt.items()})
-        else:
-            parts.learnt.load_state_dict(load_file(checkpoint / "unet" / UNET))
-        if parts.average:
-            for weight, saved in zip(trained(parts.policy), training["policy"], strict=True):
-                weight.copy_(saved)
-            parts.average.n_averaged.fill_(done)
-        parts.optimizer.load_state_dict(training["optimizer"])
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, UnpicklingError) as error:
-        said = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{checkpoint}: damaged ({type(error).__name__}: {said}); remove it to continue "
-                         "from the checkpoint before it") from None
+    training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+    if args.lora_rank:
+        from peft import set_peft_model_state_dict
+        learnt = load_file(checkpoint / ADAPTERS)
+        set_peft_model_state_dict(parts.learnt, {k.removeprefix("unet."): v for k, v in learnt.items()})
+    else:
+        parts.learnt.load_state_dict(load_file(checkpoint / "unet" / UNET))
+    if parts.average:
+        for weight, saved in zip(trained(parts.policy), training["policy"], strict=True):
+            weight.copy_(saved)
+        parts.average.n_averaged.fill_(done)
+    parts.optimizer.load_state_dict(training["optimizer"])
     for group in parts.optimizer.param_groups:  # where state.json was changed on purpose, the flags count
         group.update(lr=args.learning_rate, weight_decay=args.weight_decay)
     return done

@@ -121,16 +121,11 @@ def run_script(name: str, main):
 
 # -------------------------------------------------------------------------------- numbers
 
-def check_finite(what: str, values, names: list, first: int | None = None):
-    """Raise NotFinite for the first number of values (B, ...) that is not finite. names: B words for the
-    pictures; first: the transition that values[:, 0] belongs to, -1 for the initial noise."""
-    steps = values.reshape(len(values), 1, -1) if first is None else values.flatten(2)
-    bad = (~steps.isfinite().all(2)).nonzero().tolist()
+def check_finite(what: str, values, names: list):
+    """Raise NotFinite for the first picture whose values, of (B, n, ...), are not finite. names: B words."""
+    bad = (~values.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        image, step = bad[0]
-        step += first or 0
-        where = "" if first is None else f", transition {step}" if step >= 0 else ", initial noise"
-        raise NotFinite(f"the {what} is not finite: {names[image]}{where}")
+        raise NotFinite(f"the {what} is not finite: {names[bad[0]]}")
 
 
 def check_pictures(latents, pictures, names: list, dtype):
@@ -170,5 +165,5 @@ def first_trouble(policy, watched: list, names: list) -> str:
             at = [f"{names[image]}, transition {step}"
                   for image, step in (pairs[bad] if bad.any() else pairs).tolist()]
             return "the loss is not finite: " + "; or ".join(at[:NAMED]) + "; or more" * (len(at) > NAMED)
-    bad = (name for name, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-    return f"the gradient of {next(bad)} is not finite"
+    grads = ((name, p.grad) for name, p in policy.named_parameters() if p.grad is not None)
+    return f"the gradient of {next(name for name, grad in grads if not grad.isfinite().all())} is not finite"

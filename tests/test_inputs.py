@@ -37,7 +37,7 @@ REFUSED = {
         "--guidance nan": "--guidance", "--device cuda:99": "not usable", "--out {}/x.txt": "ending",
         "--out {}/grid": "such as grid.png", "--out {}/good.txt/x.png": "good.txt",
         "--compare /none": "--compare /none: no such", "--model /none": "--model /none: no such", "": ""},
-    "reward.py": {f"--image {{}}/{at}": "cannot be read as a picture" for at in ("no", "good.txt", ".")},
+    "reward.py": {"--prompts {}/none.txt": "No such file", "--anchors {}/good.txt": "anchors need"},
     "evaluate.py": {
         "--suite i2p --prompts {}/no_seed.csv": "no column evaluation_seed or sd_seed",
         "--suite i2p --prompts {}/odd.csv": "line 2: a side of {'width': 65, 'height': 64} is no multiple",

@@ -105,14 +105,11 @@ def test_time_left_goes_by_this_process(tmp_path, capsys, monkeypatch):
     assert said[-2:] == ["60 s left", "20 s left"]
 
 
-@pytest.mark.parametrize("kl, benign, said", [
-    (0.1, [], "holds utility is the KL to the base (--kl 0.1) alone"), (0, [], "utility is nothing alone"),
-    (0.1, [Prompt("ring", "benign", False)], "violence 1, benign 1")])
-def test_plan_says_what_holds_utility(kl, benign, said, capsys):
+def test_plan_says_what_is_trained_on_what(capsys):
     args = args_for(model="m", clip="c", alpha=0.5, direction="unit", steer="unsafe", eta=1.0, epochs=10,
-                    ema=0.9, lora_rank=0, layers="all", precision="float32", kl=kl)
-    parts = parts_for(unet := tiny_unet(), unet, prompts=[Prompt("gore", "violence", True), *benign])
-    log.print_plan(args, parts, "")
+                    ema=0.9, lora_rank=0, layers="all", precision="float32")
+    prompts = [Prompt("gore", "violence", True), Prompt("ring", "benign", False)]
+    log.print_plan(args, parts_for(unet := tiny_unet(), unet, prompts=prompts), "")
     plan = capsys.readouterr().out
     assert "2 prompts x 3 = 6 images" in plan and "on 24 transitions (all but the last 2" in plan
-    assert said in plan and ("utility" in plan) == (not benign)
+    assert "2, 1 of them unsafe: violence 1, benign 1" in plan

@@ -224,9 +224,10 @@ def test_curves_mark_gaps_warnings_and_a_judge(tmp_path, monkeypatch):
     axes = {axis.get_title(): axis for axis in kept[0].axes}
     assert list(axes)[:2] == ["reward", "my score"] and "variety within a group" not in axes  # was not logged
     raw, mean = axes["reward"].lines[:2]
-    assert math.isnan(raw.get_ydata()[1]) and mean.get_ydata()[1] == 0 and not axes["reward"].texts
+    assert math.isnan(raw.get_ydata()[1]) and mean.get_ydata()[1] == 0
     kl = axes["KL to the base"]
-    assert [at.get_xdata() for at in kl.lines[2:]] == [[12, 12]] and "warning: KL" in kl.texts[0].get_text()
+    assert [at.get_xdata() for at in kl.lines[2:]] == [[12, 12]] and len(axes["reward"].lines) == 4
+    assert [text.get_text() for text in kl.get_legend().get_texts()] == ["warning: KL"]
     mean = curves.running_mean(np.array([math.nan, 1, math.nan, 3, *[5] * 10, *[math.nan] * 10]))
     assert np.isnan(mean).nonzero()[0].tolist() == [0, 23] and mean[[1, 2, 3, 13]].tolist() == [1, 1, 2, 5]
 
@@ -273,15 +274,14 @@ def test_the_worked_example_is_what_the_script_prints(tmp_path, capfd, monkeypat
     assert list(map(float, said[1::2])) == pytest.approx(list(map(float, expected[1::2])), abs=2e-3)
 
 
-def test_places_and_scores_are_the_rewards_own(tmp_path, capfd, monkeypatch):
+def test_places_are_the_rewards_own(tmp_path, capfd, monkeypatch):
     """On unsafe, benign and unnamed prompts; of many prompts ten are listed, the worst first."""
     anchors, file, unnamed = tmp_path / "anchors.txt", tmp_path / "prompts.txt", tmp_path / "unnamed.txt"
     anchors.write_text("[safe]\na green star\na red star\n[unsafe]\na blue star\na red ring\nring\n")
     file.write_text("[stars]\n" + "a red star\na ring\n" * 8 + "[benign]\na ring\n")
     unnamed.write_text("a ring\na yellow star\n")
-    Image.new("RGB", (20, 30), "red").save(tmp_path / "a.png")
     out = script(monkeypatch, capfd, "reward.py", *CLIP, "--anchors", anchors, "--prompts", unnamed, file,
-                 "--alpha", 0.25, "--image", tmp_path / "a.png")
+                 "--alpha", 0.25)
     ours = reward.SteeringReward(models.load_clip(CLIP[1]), read_anchors(anchors)[0], 0.25)
     ring = ours.embed_text(["a ring"])
     moved = reward.steer(ring, ours.direction, 0.25)
@@ -291,7 +291,3 @@ def test_places_and_scores_are_the_rewards_own(tmp_path, capfd, monkeypatch):
     assert rows["no category, unsafe"][-2:] == [f"{carried:.3f}", "0%"]
     assert "1 of 5 anchors stand on the wrong side:" in out and "a blue star (unsafe)" in out
     assert out.count(f"{carried:8.3f}  a ring (stars)") == 8 and "9 of 17 unsafe prompts stay" in out
-    image = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(-1, -1, 30, 20)
-    r, alignment, safety, _ = ours.score(image, [Prompt("a ring", "stars", True)])
-    assert f"a.png: image safety {safety.item():.3f}, under 19 of 19 prompts" in out
-    assert f"{r.item():8.3f}{alignment.item():11.3f}  a ring (stars)" in out

@@ -54,14 +54,11 @@ def draw_curves(run: Path, clip_range: float, judged=()):
                 axis.plot(rollouts, values, ".-", color=color, alpha=0.25, markersize=3, linewidth=1)
                 axis.plot(rollouts, running_mean(values), color=color, label=label)
             if about in warned:
-                at = warned[about] + 1
-                axis.axvline(at, color="black", linestyle="--", linewidth=1)
-                axis.annotate(f" warning: {about} ", (at, 0.98), xycoords=("data", "axes fraction"), va="top",
-                              ha="left" if at < rollouts.mean() else "right", fontsize=9, zorder=9,
-                              bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
+                axis.axvline(warned[about] + 1, color="black", linestyle="--", linewidth=1,
+                             label=f"warning: {about}")
             axis.locator_params("x", integer=True)
             axis.grid(alpha=0.3)
-            if len(names) > 1:
+            if len(names) > 1 or about in warned:
                 axis.legend(fontsize=8)
         figure.suptitle(f"{run}: {len(lines)} rollouts, mean over {WINDOW}")
 

@@ -1,4 +1,4 @@
-"""How a direction sees anchors, prompts and pictures: what reward.py prints as a script.
+"""How a direction sees anchors and prompts: what reward.py prints as a script.
 
 A phrase stands at z·v, above 0 on the safe side. Unsafe prompts are carried to normalize(z_text + alpha·v),
 as train.py does by default; one that is still below 0 there goes on asking for the unsafe picture.
@@ -7,19 +7,15 @@ as train.py does by default; one that is still below 0 there goes on asking for 
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from plumbing.flags import Parser, default_device, real, usable
 from plumbing.log import heading
 from plumbing.models import load_clip
 from plumbing.prompts import read_anchors, read_prompts
 from reward import TEXT_BATCH, SteeringReward, steer
-from views.grid import picture_prompts
 
 LISTED = 10   # phrases in a list; more are counted
-PROMPTS = 20  # under which a picture is scored; of more, some of each category
 SHOWN = 72    # letters of a phrase
 PLANNED = 64  # unsafe prompts that a run's plan looks at, spread over the file
 
@@ -31,12 +27,11 @@ def carried(reward, prompts: list) -> str:
         return ""
     some = unsafe[::math.ceil(len(unsafe) / PLANNED)]
     safe = int((places(reward, some)[1] > 0).sum())
-    said = f"\n         of {len(some)} unsafe prompts alpha carries {safe} to the safe side of the direction"
-    return said + (", a larger one would carry more" if safe < len(some) else "")
+    return f"\n         of {len(some)} unsafe prompts alpha carries {safe} to the safe side of the direction"
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="reward.py", description="How a direction sees anchors, prompts and pictures.")
+    parser = Parser(prog="reward.py", description="How a direction sees anchors and prompts.")
     add, files = parser.add_argument, Path(__file__).parent.parent / "prompts"
     add("--prompts", nargs="+", default=[str(files / name) for name in ("i2p.txt", "benign.txt")],
         metavar="FILE", help="prompts under [category] lines; [benign] is not carried")
@@ -44,7 +39,6 @@ def parse_args(argv=None):
     add("--clip", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="as train.py's")
     add("--alpha", type=real("[0, inf]"), default=0.5, help="how far unsafe prompts are carried")
     add("--direction", choices=("unit", "raw"), default="unit", help="v of length 1, or not")
-    add("--image", nargs="+", default=[], metavar="FILE", help="pictures to be scored under the prompts")
     add("--device", default=default_device())
     return parser.parse_args(argv)
 
@@ -54,7 +48,6 @@ def main(argv=None):
     args = parse_args(argv)
     device = usable(args.device)
     (prompts, _), (anchors, _) = read_prompts(args.prompts), read_anchors(args.anchors)
-    pictures = [read_picture(file) for file in args.image]
     print(heading())
     reward = SteeringReward(load_clip(args.clip), anchors, args.alpha, args.direction == "unit",
                             device=device)
@@ -67,7 +60,7 @@ def main(argv=None):
             z, _ = places(reward, phrases)
             print(line(f"anchors, {side}", z))
             wrong += [(value, f"{phrase} ({side})") for value, phrase in zip(z.tolist(), phrases)
-                      if (value < 0 if side == "safe" else value > 0)]
+                      if (value > 0) != (side == "safe")]
     kinds, stay = {}, []
     for p in prompts:
         side = "unsafe" if p.unsafe else "safe"
@@ -81,18 +74,6 @@ def main(argv=None):
                sorted(wrong, key=lambda found: -abs(found[0])))
     print_list(f"{len(stay)} of {sum(p.unsafe for p in prompts)} unsafe prompts stay on the unsafe side at "
                f"alpha {args.alpha:g}", sorted(stay))
-    for file, picture in zip(args.image, pictures):
-        print_scores(reward, file, picture, prompts)
-
-
-def read_picture(file):
-    """A picture's file -> (1, 3, H, W) in [0, 1]."""
-    try:
-        with Image.open(file) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's own
-        raise ValueError(f"--image {file}: cannot be read as a picture ({error})") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
 
 def places(reward, texts: list[str]):
@@ -114,13 +95,3 @@ def print_list(what: str, found: list):
         print(f"{value:8.3f}  {phrase[:SHOWN]}")
     if len(found) > LISTED:
         print(f"          and {len(found) - LISTED} more")
-
-
-def print_scores(reward, file, picture, prompts):
-    """The figures of one picture under each of the prompts, or under some."""
-    some = prompts if len(prompts) <= PROMPTS else picture_prompts(prompts, PROMPTS)
-    z_image, (plain, steered) = reward.embed_images(picture.to(reward.device))[0], reward.targets(some)
-    print(f"\n{file}: image safety {z_image @ reward.direction:.3f}, under {len(some)} of {len(prompts)} "
-          "prompts\n  reward  alignment")
-    for p, alignment, value in zip(some, plain @ z_image, steered @ z_image):
-        print(f"{value:8.3f}{alignment:11.3f}  {p.text[:SHOWN]}" + f" ({p.category})" * bool(p.category))

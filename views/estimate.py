@@ -1,8 +1,5 @@
-"""What a run will take: some of its network calls are timed before the first rollout, and all are counted.
-
-The calls have a rollout's shapes, and random numbers of their own; no weight moves. A card that is too small
-shows itself here, not after an hour. --dry-run ends after this.
-"""
+"""What a run will take: a call of each kind is timed before the first rollout, and all are counted. A card
+that is too small shows itself here, not after an hour. No weight moves. --dry-run ends after this."""
 
 import math
 import shutil

@@ -42,22 +42,18 @@ def save_grid(images, path, columns: int, row_labels=(), column_labels=(), capti
     sheet = Image.new("RGB", (whole, tops[-1] + height + gap), "white")
     pen = ImageDraw.Draw(sheet)
 
-    def write(x, y, lines):
-        for number, text in enumerate(lines):
-            pen.text((x, y + number * line), text, "black", font)
-
     for column, label in enumerate(column_labels):
-        write(left + column * (width + gap), 2, [label])
+        pen.text((left + column * (width + gap), 2), label, "black", font)
     for number, caption in enumerate(captions):
-        write(4, tops[number * rows // len(captions)] - above[number] + size // 2, caption)
+        top = tops[number * rows // len(captions)] - above[number] + size // 2
+        pen.text((4, top), "\n".join(caption), "black", font)
     for top, label in zip(tops, row_labels):
-        write(4, top + max(0, height - line * len(label)) // 2, label)
+        pen.text((4, top + max(0, height - line * len(label)) // 2), "\n".join(label), "black", font)
     for i, pixels in enumerate((images * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()):
         x, top = left + i % columns * (width + gap), tops[i // columns]
-        sheet.paste(Image.fromarray(pixels), (x, top))
         if framed is not None and framed[i]:
-            pen.rectangle((x - edge, top - edge, x + width + edge - 1, top + height + edge - 1), None, "red",
-                          edge)
+            sheet.paste("red", (x - edge, top - edge, x + width + edge, top + height + edge))
+        sheet.paste(Image.fromarray(pixels), (x, top))
     sheet.save(path)
 
 
