@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -308,18 +309,23 @@ def read_state(checkpoint: Path) -> dict:
 def load(checkpoint: Path, parts, args) -> int:
     """Put a checkpoint into policy, average and optimizer; returns the epochs done. No pickle is run."""
     done = read_state(checkpoint)["epoch"]
-    training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
-    if args.lora_rank:
-        from peft import set_peft_model_state_dict
-        learnt = load_file(checkpoint / ADAPTERS)
-        set_peft_model_state_dict(parts.learnt, {k.removeprefix("unet."): v for k, v in learnt.items()})
-    else:
-        parts.learnt.load_state_dict(load_file(checkpoint / "unet" / UNET))
-    if parts.average:
-        for weight, saved in zip(trained(parts.policy), training["policy"], strict=True):
-            weight.copy_(saved)
-        parts.average.n_averaged.fill_(done)
-    parts.optimizer.load_state_dict(training["optimizer"])
+    try:
+        training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+        if args.lora_rank:
+            from peft import set_peft_model_state_dict
+            learnt = load_file(checkpoint / ADAPTERS)
+            set_peft_model_state_dict(parts.learnt, {k.removeprefix("unet."): v for k, v in learnt.items()})
+        else:
+            parts.learnt.load_state_dict(load_file(checkpoint / "unet" / UNET))
+        if parts.average:
+            for weight, saved in zip(trained(parts.policy), training["policy"], strict=True):
+                weight.copy_(saved)
+            parts.average.n_averaged.fill_(done)
+        parts.optimizer.load_state_dict(training["optimizer"])
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, UnpicklingError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{checkpoint}: damaged ({type(error).__name__}: {said}); remove it to continue "
+                         "from the checkpoint before it") from None
     for group in parts.optimizer.param_groups:  # where state.json was changed on purpose, the flags count
         group.update(lr=args.learning_rate, weight_decay=args.weight_decay)
     return done

@@ -18,7 +18,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from started import KINDS, ROOT, SHORT, UNET, Malicious, assert_same_run, contents, figures, quick_main, tiny
 from torch.optim.swa_utils import AveragedModel
@@ -109,10 +108,8 @@ def test_a_run_starts_from_a_checkpoint(kind, flags, finished, models, tmp_path,
     ("training.pt", b"PK"), (UNET, b"torn")], ids=range(5))
 def test_a_damaged_checkpoint_is_refused_and_never_run(name, content, begun, quick):
     (begun / FIRST / name).write_bytes(content)
-    with pytest.raises((ValueError, pickle.UnpicklingError, SafetensorError, RuntimeError)) as error:
+    with pytest.raises(ValueError, match=f"{FIRST}.*: damaged .*; remove .*to continue"):
         quick("--out", begun, "--resume")
-    if name == "state.json":
-        assert re.search(f"{FIRST}/state.json: damaged .*; remove .*{FIRST} to continue", str(error.value))
 
 
 REFUSED = [
