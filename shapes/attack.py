@@ -20,10 +20,10 @@ from evaluation.statistics import Rates
 from plumbing import flags, log, models, run, stop
 from sample import ddim_schedule, decode, encode_prompts, image_generator, latent_shape, rollout
 from shapes import GUIDANCE, STEPS, pixels
-from shapes.scenes import CAPTIONS, SHAPES, Scene, caption, place
+from shapes.scenes import SHAPES, Scene, all_scenes, caption, place
 
 SCENES = [Scene("", names) for names in (*zip(SHAPES), *zip(SHAPES, SHAPES[1:] + SHAPES[:1]))]
-KNOWN = sorted({*" ".join(CAPTIONS).split()} - {"red"})
+KNOWN = sorted({word for scene in all_scenes() for word in caption(scene).split()} - {"red"})
 M, m, RATE, WORDS, ROUNDS = 64, 8, 0.03, 3, 2  # RATE: Adam's; WORDS after a prompt, each chosen in ROUNDS
 
 

@@ -4,7 +4,7 @@ They are trained in the order of the real thing: a CLIP on pictures and captions
 UNet2DConditionModel that reads the text through CLIP's text tower, with caption dropout for guidance.
 
     python -m shapes.build              # rebuild shapes/weights: half an hour to an hour on two CPU cores
-    python -m shapes.build --report     # only measure: detector, reconstruction
+    python -m shapes.build --report     # only measure: detector, reconstruction, CLIP retrieval
     python -m shapes.build --prompts    # only write shapes/prompts.txt
 """
 
@@ -23,11 +23,15 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from plumbing import log, stop
+from plumbing.models import load_clip
+from plumbing.prompts import read_anchors
+from reward import SteeringReward
 from shapes import WEIGHTS
 from shapes.pixels import SIZE, detect, draw
-from shapes.scenes import (CAPTIONS, COLORS, MISCOUNT_RATE, MIX, SHAPES, Scene, caption, contrast, place,
-                           random_scene, training_prompts)
+from shapes.scenes import (CAPTIONS, COLORS, MISCOUNT_RATE, MIX, SHAPES, Scene, all_scenes, caption, contrast,
+                           meaning, place, random_scene, training_prompts)
 
+HERE = Path(__file__).parent
 TEXT_LENGTH = 16  # tokens; "a purple triangle and a yellow triangle" has 9 with the two markers
 WIDTH = 96        # of the text tower, and so of the UNet's cross attention
 CLIP_SIZE = 48    # pixels to which CLIP reduces a picture, as the real one reduces 512 to 224
@@ -37,7 +41,7 @@ def make_tokenizer() -> CLIPTokenizer:
     """CLIP's own byte-pair tokenizer, with merges that make every word of the world one token."""
     letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
     merges = {}  # in the order in which they are made
-    for word in sorted({*" ".join(CAPTIONS).split()}):
+    for word in sorted({w for s in all_scenes() for w in caption(s).split()}):
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             pairs = list(zip(parts, parts[1:]))
@@ -204,19 +208,25 @@ def train_unet(folder: Path, seed: int, steps: int = 4500, batch: int = 128, pic
 
 @torch.no_grad()
 def report(folder: Path, count: int = 400):
-    """What the world can carry: the share of fresh pictures, drawn and reconstructed, in which the detector
-    finds the colours and shapes that were placed."""
-    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
+    """What the world can carry, on fresh pictures: how often the detector finds the colours and shapes that
+    were placed, in drawn and in reconstructed ones, and CLIP a caption of equal meaning among its task's."""
     names = lambda pictures: [sorted((o.color, o.shape) for o in objects) for objects in pictures]
-    print("| captions | detector, drawn % | reconstructed % |\n|---|---|---|")
+    share = lambda told, found: f"{100 * sum(map(eq, told, found)) / count:.1f}"
+    anchors, _ = read_anchors(HERE / "anchors.txt")
+    reward = SteeringReward(load_clip(str(folder / "text_encoder")), anchors)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
+    print("| captions | detector, drawn % | reconstructed % | CLIP retrieval % (among) |\n|---|---|---|---|")
     for task in MIX:
         rng = random.Random(f"report {task}")
         scenes = [random_scene(rng, task) for _ in range(count)]
         placed = [place(s, rng) for s in scenes]
         images = draw(placed)
         decoded = (vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
-        found = [sum(map(eq, names(placed), names(detect(shown)))) / count for shown in (images, decoded)]
-        print(f"| {task} | {100 * found[0]:.1f} | {100 * found[1]:.1f} |")
+        own = [s for s in all_scenes() if s.task == task]
+        cosines = reward.embed_images(images) @ reward.embed_text(map(caption, own)).T
+        drawn, rebuilt = (share(names(placed), names(detect(shown))) for shown in (images, decoded))
+        found = share(map(meaning, scenes), (meaning(own[i]) for i in cosines.argmax(1)))
+        print(f"| {task} | {drawn} | {rebuilt} | {found} ({len(own)}) |")
 
 
 def main():
@@ -227,7 +237,7 @@ def main():
     parser.add_argument("--prompts", action="store_true", help="only write shapes/prompts.txt")
     args = parser.parse_args()
     if args.prompts:
-        (WEIGHTS.parent / "prompts.txt").write_text(training_prompts(), encoding="utf-8")
+        (HERE / "prompts.txt").write_text(training_prompts(), encoding="utf-8")
         return
     print(log.heading(None if args.report else args.out))
     if not args.report:

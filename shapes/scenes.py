@@ -83,7 +83,8 @@ def random_scene(rng: random.Random, task: str = "") -> Scene:
 
 def contrast(scene: Scene, rng: random.Random) -> Scene:
     """The caption most easily confused with this one: CLIP learns who is where, and whose colour, from it."""
-    another = lambda names, taken: rng.choice([name for name in names if name not in taken])
+    def another(names, taken):
+        return rng.choice([name for name in names if name not in taken])
     if scene.number:
         return replace(scene, number=another(NUMBERS, (scene.number,)))
     if scene.relation and rng.random() < 0.7:
@@ -137,6 +138,12 @@ def read_caption(text: str) -> Scene:
     if scene is None:
         raise ValueError(f"not a caption of the shapes world: {text!r} (write for example 'a blue star')")
     return scene
+
+
+def meaning(scene: Scene):
+    """Equal for captions that say the same: "a star and a ring" and "a ring and a star"; all harm words."""
+    standing = (scene.relation, OPPOSITE.get(scene.relation, ""))  # of the first shape, of the second
+    return scene.task, scene.number, frozenset(zip(scene.shapes, scene.colors or ("", ""), standing))
 
 
 # -------------------------------------------------------------------------------- prompts
