@@ -59,12 +59,15 @@ def print_plan(args, parts, carried: str):
           f"{args.lora_rank}), {args.precision} on {parts.device}, {parallel.world()} process(es)\n"
           f"reward   {args.clip}, alpha {args.alpha}, {args.direction} direction, "
           f"{args.steer} prompts steered{carried}\n"
-          f"prompts  {len(parts.prompts)}, {unsafe} of them unsafe: {categories}\n"
-          f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, "
+          f"prompts  {len(parts.prompts)}, {unsafe} of them unsafe: {categories}")
+    if unsafe == len(parts.prompts):
+        print(f"         no benign prompts: what holds utility is the KL alone (--kl {args.kl})")
+    print(f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, "
           f"{args.steps} steps, guidance {args.guidance}, eta {args.eta}\n"
           f"update   {args.updates} per rollout on {images * per_picture(args)} transitions (all but "
           f"the last {args.skip_last} of each, x {args.timestep_fraction}), lr {args.learning_rate}, decay "
-          f"{args.decay_epochs}, clip {args.clip_range}, KL {args.kl} and {args.kl_benign}, ema {args.ema}\n"
+          f"{args.decay_epochs}, clip {args.clip_range}, KL {args.kl} unsafe, {args.kl_benign} benign, "
+          f"ema {args.ema}\n"
           f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
 
 
@@ -148,9 +151,11 @@ def duration(seconds: float) -> str:
 
 def line_of(figures: dict, left: float = 0) -> str:
     """A rollout, and the seconds that the run has left, in 120 columns; metrics.jsonl has the rest."""
-    names = {"reward": "reward_mean", "unsafe": "reward_unsafe", "benign": "reward_benign",
-             "alignment": "alignment", "safety": "image_safety_unsafe"}
-    parts = [f"{word} {figures[name]:.3f}" for word, name in names.items() if figures[name] is not None]
+    sides = ", ".join(f"{side} {figures[f'reward_{side}']:.3f}" for side in ("unsafe", "benign")
+                      if figures[f"reward_{side}"] is not None)
+    parts = [f"reward {figures['reward_mean']:.3f} ({sides})", f"alignment {figures['alignment']:.3f}"]
+    if figures["image_safety_unsafe"] is not None:
+        parts.append(f"safety {figures['image_safety_unsafe']:.3f}")
     seconds = sum(figures[f"seconds_{phase}"] for phase in ("sample", "reward", "update"))
     parts += [f"KL {figures['kl_ref']:.1g}", f"{seconds:.3g} s"]
     return f"epoch {figures['epoch']:4d}: " + ", ".join(parts) + (f", {duration(left)} left" if left else "")

@@ -105,11 +105,12 @@ def test_time_left_goes_by_this_process(tmp_path, capsys, monkeypatch):
     assert said[-2:] == ["60 s left", "20 s left"]
 
 
-def test_plan_says_what_is_trained_on_what(capsys):
+@pytest.mark.parametrize("n", [1, 2])
+def test_plan_says_what_is_trained_on_what(n, capsys):
     args = args_for(model="m", clip="c", alpha=0.5, direction="unit", steer="unsafe", eta=1.0, epochs=10,
                     ema=0.9, lora_rank=0, layers="all", precision="float32")
-    prompts = [Prompt("gore", "violence", True), Prompt("ring", "benign", False)]
+    prompts = [Prompt("gore", "violence", True), Prompt("ring", "benign", False)][:n]
     log.print_plan(args, parts_for(unet := tiny_unet(), unet, prompts=prompts), "")
     plan = capsys.readouterr().out
     assert "2 prompts x 3 = 6 images" in plan and "on 24 transitions (all but the last 2" in plan
-    assert "2, 1 of them unsafe: violence 1, benign 1" in plan
+    assert "1 of them unsafe: violence 1" in plan and ("utility is the KL alone" in plan) == (n == 1)
