@@ -39,8 +39,10 @@ def local_folder(flag: str, name: str) -> Path | None:
         whole, subfolder = name, ""
     if Path(whole).is_dir():
         return Path(whole) / subfolder
+    if Path(whole).is_file():
+        raise ValueError(f"{flag} {whole}: a file; a pickle can run code. Give a folder with safetensors")
     if whole.startswith((".", "/", "~")) or whole.count("/") != 1 or Path(whole).parent.is_dir():
-        raise ValueError(f"{flag} {name}: no such folder (a file is not opened: a pickle can run code)")
+        raise ValueError(f"{flag} {name}: no such folder")
     return None
 
 
