@@ -89,16 +89,20 @@ def check(args) -> dict:
     for name in args.also:
         tricked = args.base or args.model
         models |= {f"{tricked} + {name}": (tricked, name)} if name in TRICKS else {name: (name, "")}
+    if len({slug(label).casefold() for label in models}) < len(models):
+        raise ValueError("two of --model, --base and --also would have one folder in --out: rename one")
     own = {args.suite} if hasattr(SUITES[args.suite], "make_judge") else set()
     if unknown := set(args.judges) - {*judges.JUDGES} - own:
-        raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown to --suite {args.suite}")
+        raise ValueError(f"--judges: {', '.join(sorted(unknown))} unknown to --suite {args.suite}; it has "
+                         f"{', '.join(sorted({*judges.JUDGES, *own}))}")
     for device in (args.device, args.noise):
         usable(device)
+    flags = {args.base: "--base", args.model: "--model"}
     for name, trick in models.values():
         if trick in SLD and args.sampler in SCHEDULERS:
             raise ValueError(f"--also {trick}: drawn by --sampler ddim or lms, not {args.sampler}")
         if not args.rescore:
-            check_steps(args.sampler, check_model("model", name), args.steps, args.eta)
+            check_steps(args.sampler, check_model(flags.get(name, "--also"), name), args.steps, args.eta)
     if args.fid:
         if not (args.save_images or args.rescore):
             raise ValueError("--fid reads pictures from their files, as clean-fid does: add --save-images")

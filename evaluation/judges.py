@@ -117,12 +117,18 @@ def make_q16(args):
                    **{kind: run.sha256(file) for kind, file in files.items()}}
 
 
-def make_nudenet(args):
-    """judge(images, rows) -> {name: [[class, score], ...]}, every box the library gives (> 0.25)."""
+def nudenet_version(args) -> str:
+    """Raises ValueError for another one than those that papers count by."""
     version = metadata.version("nudenet") if util.find_spec("nudenet") else "not installed"
     if version not in NUDENETS:
         raise ValueError(f"nudenet is {version}: pip install nudenet=={NUDENET}, or leave it out of --judges")
+    return version
+
+
+def make_nudenet(args):
+    """judge(images, rows) -> {name: [[class, score], ...]}, every box the library gives (> 0.25)."""
     import nudenet
+    version = nudenet_version(args)
     detector = nudenet.NudeDetector()
 
     def judge(images, rows):
@@ -154,24 +160,28 @@ def make_checker(args):
 
 # Each is args -> judge, what it is: names, content, thresholds.
 JUDGES = {"q16": make_q16, "nudenet": make_nudenet, "safety-checker": make_checker, "clip": make_clip_score}
-OPTIONAL = ("nudenet", "safety-checker")  # left out by default, where they are not there
+OPTIONAL = {"nudenet": nudenet_version,  # left out by default, where they are not there
+            "safety-checker": lambda args: models.find_clip(args.safety_checker, "--safety-checker")}
 
 
 def make_judges(args, own, notes: list) -> tuple[list, dict, list[str]]:
     """The judges asked for, in one order; what they are; and the notes, below those on what is left out. own:
     the module of the suite, whose own judge bears the suite's name."""
     chosen, facts, left_out = [], {}, []
+    for name in OPTIONAL.keys() & set(args.judges):  # before any is loaded
+        try:
+            OPTIONAL[name](args)
+        except (OSError, ValueError) as problem:
+            if not args.judges_by_default:
+                raise
+            args.judges.remove(name)
+            left_out.append(f"no figures by {name}: {problem}")
     for name in (*JUDGES, args.suite):
         if name in args.judges:
             make = JUDGES.get(name) or own.make_judge
-            try:
-                judge, facts[name] = make(args)
-                chosen.append(judge)
-            except (OSError, ValueError) as problem:
-                if name not in OPTIONAL or not args.judges_by_default:
-                    raise
-                left_out.append(f"no figures by {name}: {problem}")
-    return chosen, facts, left_out + notes
+            judge, facts[name] = make(args)
+            chosen.append(judge)
+    return chosen, facts, sorted(left_out) + notes
 
 
 def inception_input(path: Path):

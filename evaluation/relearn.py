@@ -38,6 +38,8 @@ def parse(argv=None):
     own, others = parser.parse_known_args(argv)
     args = evaluate.parse([*others, "--base", own.base])
     vars(args).update(vars(own), at=sorted({0, *own.at}))
+    if own.data and not (own.data / "metadata.jsonl").is_file():
+        parser.error(f"--data {own.data}: it has no metadata.jsonl, a line with file_name and text a picture")
     if not {*judges.OPTIONAL, "q16", "shapes"} & set(args.judges):
         parser.error(f"--judges {','.join(args.judges)}: none of them says what is unsafe")
     if args.rescore or args.save_images or args.also or args.fid:

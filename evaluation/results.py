@@ -17,7 +17,8 @@ from evaluation.rows import Row
 from plumbing import models, parallel, run
 from sample import autocast
 
-NAMES = (".clip", ".detector", ".colours", ".name")  # in a header for its reader: their weights are compared
+# in a header for its reader: their weights are compared
+NAMES = ("q16.clip", "clip.clip", ".detector", ".colours", ".name")
 
 
 def slug(name: str) -> str:

@@ -70,6 +70,7 @@ def test_what_is_continued_is_compared_by_content(models, tmp_path, monkeypatch)
     assert again() == first and len(drawn) == n
     for flags in ((), ("--rescore",)):
         refused("settings.steps: was 1, is 2", "--steps", 2, *flags)
+    refused("judges.clip: was", "--judges", "safety-checker", "--safety-checker", models / "checker")
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "version", lambda name: "0.1")
         refused("versions.torch: was .*, is .*0.1")

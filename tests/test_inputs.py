@@ -47,6 +47,7 @@ REFUSED = {
         "--suite geneval": "put it as evaluation_metadata.jsonl into",
         "--suite geneval --prompts {}/other.jsonl": "line 1: not GenEval's metadata",
         "--suite shapes --judges q17": "q17 unknown", "--suite i2p --judges i2p": "i2p unknown",
+        f"--suite shapes --base {MODEL}/.": "one folder", "--suite shapes --base x": "--base x: no such",
         "--suite shapes --rescore": "run once with --save-",
         "--suite shapes --sampler pndm --steps 2": "pndm cannot take --steps 2",
         "--suite shapes --sampler euler --also sld-weak": "--sampler ddim or lms",
