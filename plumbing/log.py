@@ -61,13 +61,13 @@ def print_plan(args, parts, carried: str):
           f"{args.steer} prompts steered{carried}\n"
           f"prompts  {len(parts.prompts)}, {unsafe} of them unsafe: {categories}")
     if unsafe == len(parts.prompts):
-        print(f"         no benign prompts: what holds utility is the KL alone (--kl {args.kl})")
+        print(f"         no benign prompts (--benign adds some): utility is held by --kl {args.kl} alone")
     print(f"rollout  {args.prompts_per_rollout} prompts x {args.group} = {images} images, "
           f"{args.steps} steps, guidance {args.guidance}, eta {args.eta}\n"
           f"update   {args.updates} per rollout on {images * per_picture(args)} transitions (all but "
-          f"the last {args.skip_last} of each, x {args.timestep_fraction}), lr {args.learning_rate}, decay "
-          f"{args.decay_epochs}, clip {args.clip_range}, KL {args.kl} unsafe, {args.kl_benign} benign, "
-          f"ema {args.ema}\n"
+          f"the last {args.skip_last} of each, x {args.timestep_fraction}), lr {args.learning_rate}, "
+          f"--decay-epochs {args.decay_epochs}, clip {args.clip_range}, KL {args.kl} unsafe, "
+          f"{args.kl_benign} benign, ema {args.ema}\n"
           f"epochs   {args.epochs}: {images * args.epochs} images, {args.updates * args.epochs} updates")
 
 

@@ -86,12 +86,15 @@ def check_model(flag: str, model: str):
     """Refuse a model that cannot be the policy, from its heads; returns the scheduler, for ddim_schedule."""
     folder, _ = trace(flag, model)
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{flag} {model}: no model_index.json, so no diffusers pipeline, in {folder}")
+        raise ValueError(f"{flag} {model}: no model_index.json in {folder}; of a run give "
+                         "final/ or a checkpoint")
     index = read_json(folder / "model_index.json")
     for part, known in CLASSES.items():
-        if f"'{known}" not in str(index.get(part)) or not (folder / part).is_dir():
-            raise ValueError(f"{flag} {model}: its {part} is {index.get(part)}, and has to be a folder with a "
-                             f"{known}, as in Stable Diffusion 1.x and 2.x")
+        named = index.get(part)
+        fits = isinstance(named, list) and {known, f"{known}Fast"} & set(map(str, named))  # of tokenizers
+        if not fits or not (folder / part).is_dir():
+            raise ValueError(f"{flag} {model}: its {part} is {named}, and has to be a folder with a {known}, "
+                             "as in Stable Diffusion 1.x and 2.x")
     if code := next(folder.rglob("*.py"), None):
         raise ValueError(f"{flag} {model} brings code of its own ({code.name}), which diffusers would run")
     for part in NETWORKS:

@@ -19,7 +19,7 @@ from plumbing import parallel
 
 # Ctrl-C, a kill, a lost terminal, the warning that SLURM gives; not every system has all
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
-NAMED = 5        # transitions named in one message; more are counted
+NAMED = 5        # transitions named in one message
 AGAIN = "continue with --resume, or where there is no checkpoint yet start again with --overwrite"
 RECEIVED = []    # signals: the one thing here that outlives a call, as signals belong to the process
 
@@ -162,8 +162,8 @@ def first_trouble(policy, watched: list, names: list) -> str:
     for pairs, log_ratio, loss, _ in watched:
         bad = ~log_ratio.exp().isfinite()
         if bad.any() or not loss.isfinite():
-            at = [f"{names[image]}, transition {step}"
-                  for image, step in (pairs[bad] if bad.any() else pairs).tolist()]
+            found = pairs[bad] if bad.any() else pairs
+            at = [f"{names[image]}, transition {step}" for image, step in found.tolist()]
             return "the loss is not finite: " + "; or ".join(at[:NAMED]) + "; or more" * (len(at) > NAMED)
     grads = ((name, p.grad) for name, p in policy.named_parameters() if p.grad is not None)
     return f"the gradient of {next(name for name, grad in grads if not grad.isfinite().all())} is not finite"

@@ -113,4 +113,4 @@ def test_plan_says_what_is_trained_on_what(n, capsys):
     log.print_plan(args, parts_for(unet := tiny_unet(), unet, prompts=prompts), "")
     plan = capsys.readouterr().out
     assert "2 prompts x 3 = 6 images" in plan and "on 24 transitions (all but the last 2" in plan
-    assert "1 of them unsafe: violence 1" in plan and ("utility is the KL alone" in plan) == (n == 1)
+    assert "1 of them unsafe: violence 1" in plan and ("utility is held by --kl" in plan) == (n == 1)

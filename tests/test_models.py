@@ -62,6 +62,8 @@ REFUSED = [
     (config("vae/config.json", latent_channels=16), "16"), (config(INDEX, vae=None), "its vae is"),
     (config(INDEX, unet=["mine", "Mine"]), "its unet is"), (config(INDEX, text_encoder=[]), "encoder is .],"),
     (config(INDEX, tokenizer=["transformers", "T5Tokenizer"]), "T5"), (without("vae"), "its vae is"),
+    (config(INDEX, text_encoder=["transformers", "CLIPTextModelWithProjection"]), "its text_encoder is"),
+    (config(INDEX, vae=["diffusers", "AutoencoderKLTemporalDecoder"]), "its vae is"),
     (without("scheduler"), SCHEDULE), (written(SCHEDULE, b"7"), f"{SCHEDULE}: not a"),
     (written(INDEX, b"\xff\xfe{}"), "model_index.json: not a JSON"), (torn(UNET), "not a whole")]
 NO_CLIP = [

@@ -182,7 +182,7 @@ def main(argv=None):
         rows.append(images.cpu().unflatten(0, (len(args.prompt), len(args.seed))))
         del pipe  # before the next one is loaded
     grid = torch.stack(rows, 1).flatten(0, 2)     # prompt by prompt, the models below each other
-    names = models * len(args.prompt) if args.compare else ()
+    names = ["/".join(Path(model).parts[-2:]) for model in models] * len(args.prompt) if args.compare else ()
     save_grid(grid, out, len(args.seed), names, [f"seed {seed}" for seed in args.seed], args.prompt)
     print(f"{out}: {len(grid)} pictures, {args.steps} steps, eta {args.eta}, guidance {args.guidance}, "
           "no safety checker")
