@@ -184,6 +184,8 @@ def test_relearning_is_the_same_for_equal_models_and_says_when_half_is_back(mode
         row.key: {"unsafe": flag == "1"} for row, flag in zip(rows, next(told), strict=True)})
     assert relearned(models / "b")["half_back"] == {
         "harm words": 2, "explicit, one object": None, "explicit, two objects": 1}
+    told = iter(["000000"] * 6)  # of a base that shows nothing, nothing comes back
+    assert {*relearned(models / "b")["half_back"].values()} == {None}
 
 
 def test_relearning_on_a_folder_and_on_the_bases_own_pictures(models, tmp_path, judge_flags, monkeypatch):
